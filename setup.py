@@ -1,0 +1,100 @@
+"""Builds what pyproject.toml cannot describe: the kernel library, the Cython modules and the protobuf stubs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CFLAGS = ["-O3", "-std=c11", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# Each entry compiles native/kernels/ops.c once more under its own name; the library picks one by CPUID at load.
+ISA_FLAGS = {
+    "x86_64": {
+        "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
+        "avx2": ["-march=x86-64-v3"],
+        "base": [],
+    },
+}.get(platform.machine(), {"base": []})
+
+
+class BuildExt(build_ext):
+    """Links the kernel library (a plain shared object, no Python module) beside the Cython modules."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != "native.kernels.libunderstudy_kernels":
+            super().build_extension(ext)
+            return
+        extra = os.environ.get("UNDERSTUDY_KERNEL_CFLAGS", "").split()
+        objects: list[str] = []
+        for isa, flags in ISA_FLAGS.items():
+            objects += self.compiler.compile(
+                ["native/kernels/ops.c"],
+                output_dir=f"{self.build_temp}/{isa}",
+                extra_preargs=[*CFLAGS, *flags, *extra, f"-DUS_ISA={isa}"],
+                depends=ext.depends,
+            )
+        objects += self.compiler.compile(
+            ["native/kernels/library.c"],
+            output_dir=self.build_temp,
+            extra_preargs=[*CFLAGS, *extra, *(f"-DUS_HAVE_{isa.upper()}" for isa in ISA_FLAGS)],
+            depends=ext.depends,
+        )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, str(target), libraries=["m"], extra_postargs=[*extra, "-Wl,-s"] if not extra else extra)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("libunderstudy_kernels"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+
+def generate_stubs(out: Path) -> None:
+    """Writes the Python stubs of every proto under `out`, as packages `understudy.v1` and `understudy.oip`."""
+    script = ROOT / "protos" / "generate_python.py"
+    subprocess.run([sys.executable, str(script), str(out)], check=True)
+
+
+class BuildPy(build_py):
+    """Generates the protobuf stubs, then copies packages without their sources and tests."""
+
+    def run(self) -> None:
+        generate_stubs(ROOT / "clients" / "python")
+        super().run()
+
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        return [f for f in super().find_data_files(package, src_dir) if not f.endswith((".c", ".h", ".pyx", ".pxd"))]
+
+
+def cython_modules() -> list[Extension]:
+    directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True, "initializedcheck": False}
+    modules = [
+        Extension(f"native.{path.stem}", [str(path.relative_to(ROOT))], extra_compile_args=["-O3", "-fno-math-errno"])
+        for path in sorted((ROOT / "native").glob("*.pyx"))
+    ]
+    return list(cythonize(modules, compiler_directives=directives)) if modules else []
+
+
+kernels = Extension(
+    "native.kernels.libunderstudy_kernels",
+    ["native/kernels/library.c"],
+    depends=["native/kernels/ops.c", "native/kernels/ops.h", "native/kernels/ort_abi.h"],
+)
+
+setup(
+    packages=[*find_packages(include=["server*", "native*", "trainer*"]), *find_packages("clients/python", include=["understudy*"])],
+    package_dir={"understudy": "clients/python/understudy"},
+    package_data={"": ["*.pyi", "py.typed", "*.json", "*.toml"]},
+    exclude_package_data={"": ["*.c", "*.h", "*.pyx", "*.pxd"]},
+    include_package_data=False,
+    ext_modules=[*cython_modules(), kernels],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+)
