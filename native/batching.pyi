@@ -1,0 +1,43 @@
+"""Compiled twin of `native.batching_py`: the same names, arguments, results and errors; documented there."""
+
+from native.batching_py import Float32, Int32, Int64
+
+MEAN: int
+CLS: int
+LAST: int
+NONE: int
+PRIORITIES: int
+LOOKAHEAD: int
+WINDOW: int
+
+class BatchQueue:
+    def __init__(self, max_sequences: int, max_tokens: int, padded: bool = False, ageing_ns: int = 500_000_000) -> None: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    def fits(self, sequences: int, tokens: int) -> bool: ...
+    def push(self, tokens: int, priority: int, deadline_ns: int, now_ns: int) -> int: ...
+    def cancel(self, ticket: int) -> bool: ...
+    def take(self, now_ns: int, token_budget: int, max_sequences: int) -> tuple[list[int], list[int]]: ...
+
+def pack(
+    ids: list[Int64],
+    type_ids: list[Int64 | None],
+    input_ids: Int64,
+    position_ids: Int64,
+    token_type_ids: Int64,
+    cu_seqlens: Int32,
+) -> int: ...
+def pack_padded(
+    ids: list[Int64],
+    type_ids: list[Int64 | None],
+    input_ids: Int64,
+    attention_mask: Int64,
+    token_type_ids: Int64,
+    pad_id: int,
+) -> int: ...
+def pool(hidden: Float32, begins: Int32, ends: Int32, specs: Int32, out: Float32) -> None: ...
+def softmax(rows: Float32) -> None: ...
+def sigmoid(rows: Float32) -> None: ...
+def top_k(rows: Float32, indices: Int64) -> None: ...
