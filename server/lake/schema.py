@@ -1,0 +1,130 @@
+"""Columns of the lake's tables. Both tables are partitioned by `date`, the UTC day of `time`.
+
+A column may be added, never renamed or given another type: readers of old files get null for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+INTERACTIONS = "interactions"
+FEEDBACK = "feedback"
+TABLES = (INTERACTIONS, FEEDBACK)
+
+# `hops` and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars, latencies milliseconds.
+_COLUMNS: dict[str, dict[str, str]] = {
+    INTERACTIONS: {
+        "interaction_id": "string",
+        "date": "string",
+        "time": "timestamp",
+        "request_id": "string",
+        "skill": "string",
+        "task": "string",
+        "input_kind": "string",
+        "input": "string",
+        "hops": "string",
+        "candidate": "string",
+        "local": "bool",
+        "output_text": "string",
+        "labels": "strings",
+        "scores": "floats",
+        "quality": "float",
+        "error": "string",
+        "cost_micro_usd": "int",
+        "input_tokens": "int",
+        "output_tokens": "int",
+        "queue_ms": "float",
+        "tokenize_ms": "float",
+        "run_ms": "float",
+        "post_ms": "float",
+        "provider_ms": "float",
+        "total_ms": "float",
+        "teacher_label": "string",
+        "student_label": "string",
+        "student_quality": "float",
+        "student": "string",
+        "student_version": "string",
+        "source_model": "string",
+        "training_allowed": "bool",
+        "rollout_stage": "string",
+        "propensity": "float",
+        "user_hash": "string",
+    },
+    FEEDBACK: {
+        "feedback_id": "string",
+        "date": "string",
+        "time": "timestamp",
+        "request_id": "string",
+        "interaction_id": "string",
+        "rating": "int",
+        "thumb": "string",
+        "correction": "string",
+        "comment": "string",
+        "user_hash": "string",
+    },
+}
+
+
+def columns(table: str) -> list[str]:
+    """Names of a table's columns, in order."""
+    return list(_COLUMNS[table])
+
+
+def arrow_schema(table: str) -> pa.Schema:
+    """The Arrow schema of a table."""
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "strings": pa.list_(pa.string()),
+        "floats": pa.list_(pa.float32()),
+        "float": pa.float64(),
+        "int": pa.int64(),
+        "bool": pa.bool_(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+    }
+    return pa.schema([pa.field(name, types[kind]) for name, kind in _COLUMNS[table].items()])
+
+
+def to_row(table: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A log record as a row: `time_ns` becomes `time` and `date`; unknown keys fall away, missing ones are null.
+
+    Raises:
+        ValueError, TypeError, KeyError: the record has no usable `time_ns`.
+    """
+    time = datetime.fromtimestamp(int(record["time_ns"]) / 1e9, UTC)
+    row = {name: record.get(name) for name in _COLUMNS[table]}
+    row["time"] = time
+    row["date"] = time.date().isoformat()
+    return row
+
+
+def to_arrow(table: str, records: Iterable[Mapping[str, Any]]) -> tuple[pa.Table, list[Mapping[str, Any]]]:
+    """An Arrow table of the records that fit the schema, and the records that do not."""
+    import pyarrow as pa
+
+    schema = arrow_schema(table)
+    rows: list[dict[str, Any]] = []
+    rejected: list[Mapping[str, Any]] = []
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        try:
+            rows.append(to_row(table, record))
+            kept.append(record)
+        except (ValueError, TypeError, KeyError, OverflowError, OSError):
+            rejected.append(record)
+    try:
+        return pa.Table.from_pylist(rows, schema=schema), rejected
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        parts = []
+        for row, record in zip(rows, kept, strict=True):
+            try:
+                parts.append(pa.Table.from_pylist([row], schema=schema))
+            except (pa.ArrowException, TypeError, ValueError, OverflowError):
+                rejected.append(record)
+        return pa.concat_tables([*parts, schema.empty_table()]), rejected
