@@ -64,10 +64,10 @@ def raw(method: F) -> F:
 def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc.GenericRpcHandler:
     """The handler of all methods of `service`. Raises TypeError for a method that takes a stream and gives one answer: none here does."""
     table = {method.name: _handler(method, servicer, guard) for method in service.methods}
-    return cast(grpc.GenericRpcHandler, grpc.method_handlers_generic_handler(service.full_name, table))
+    return grpc.method_handlers_generic_handler(service.full_name, table)
 
 
-def _handler(method: MethodDescriptor, servicer: object, guard: Guard) -> grpc.RpcMethodHandler:
+def _handler(method: MethodDescriptor, servicer: object, guard: Guard) -> grpc.RpcMethodHandler[Any, Any]:
     path = f"/{method.containing_service.full_name}/{method.name}"
     function = getattr(servicer, method.name, None) or _absent(method)
     takes_bytes = getattr(function, "takes_bytes", False)
