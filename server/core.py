@@ -126,3 +126,50 @@ class Results(Generic[T]):
     truncated: Sequence[bool] = ()
     model: str = ""
     version: str = ""
+
+
+class Preference(StrEnum):
+    """Who may answer a skill's request."""
+
+    LOCAL_FIRST = "local_first"
+    LOCAL_ONLY = "local_only"
+    PROVIDER_ONLY = "provider_only"
+
+
+@dataclass(slots=True, frozen=True)
+class Hop:
+    """A candidate that was asked or passed over. `outcome`: delivered, below_bar, failed, skipped; cost in 1e-6 US dollars."""
+
+    candidate: str
+    outcome: str
+    reason: str
+    quality: float | None = None
+    cost_micro_usd: int = 0
+
+
+@dataclass(slots=True)
+class Decision:
+    """How an answer came about. `candidate` is empty where none answered."""
+
+    skill: str
+    rollout_stage: str
+    candidate: str = ""
+    local: bool = False
+    hops: list[Hop] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one input of a skill: an answer or `error`, and its story in either case.
+
+    `quality` is a calibrated probability in [0, 1], None where it is not known; cost in 1e-6 US dollars, all hops together.
+    """
+
+    interaction_id: str
+    decision: Decision
+    output_text: str = ""
+    labels: list[Label] = field(default_factory=list)
+    quality: float | None = None
+    cost_micro_usd: int = 0
+    usage: Usage = field(default_factory=Usage)
+    error: Exception | None = None
