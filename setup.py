@@ -14,8 +14,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CFLAGS = ["-O3", "-std=c11", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# Each entry compiles native/kernels/ops.c once more under its own name; the library picks one by CPUID at load.
+CFLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+CFLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+KERNELS = Path("native/kernels")
+PER_ISA = [str(KERNELS / name) for name in ("attention.c", "rows.c")]
+ONCE = [str(KERNELS / name) for name in ("drivers.c", "operators.c", "library.c")]
+# Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {
     "x86_64": {
         "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
@@ -36,20 +40,17 @@ class BuildExt(build_ext):
         objects: list[str] = []
         for isa, flags in ISA_FLAGS.items():
             objects += self.compiler.compile(
-                ["native/kernels/ops.c"],
+                PER_ISA,
                 output_dir=f"{self.build_temp}/{isa}",
                 extra_preargs=[*CFLAGS, *flags, *extra, f"-DUS_ISA={isa}"],
                 depends=ext.depends,
             )
-        objects += self.compiler.compile(
-            ["native/kernels/library.c"],
-            output_dir=self.build_temp,
-            extra_preargs=[*CFLAGS, *extra, *(f"-DUS_HAVE_{isa.upper()}" for isa in ISA_FLAGS)],
-            depends=ext.depends,
-        )
+        have = [f"-DUS_HAVE_{isa.upper()}" for isa in ISA_FLAGS]
+        objects += self.compiler.compile(ONCE, output_dir=self.build_temp, extra_preargs=[*CFLAGS, *extra, *have], depends=ext.depends)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, str(target), libraries=["m"], extra_postargs=[*extra, "-Wl,-s"] if not extra else extra)
+        # Linked by hand: Python's own link line would leave its build machine's paths in the library.
+        self.spawn([self.compiler.compiler_so[0], "-shared", *objects, "-o", str(target), "-lm", "-lpthread", *(extra or ["-Wl,-s"])])
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libunderstudy_kernels"):
@@ -85,8 +86,8 @@ def cython_modules() -> list[Extension]:
 
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
-    ["native/kernels/library.c"],
-    depends=["native/kernels/ops.c", "native/kernels/ops.h", "native/kernels/ort_abi.h"],
+    [*ONCE, *PER_ISA],
+    depends=[str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h")],
 )
 
 setup(

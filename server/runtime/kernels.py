@@ -1,0 +1,170 @@
+"""The kernel library inside ONNX Runtime: where it lies, how a session gets it, and the proof at start that it computes what it should.
+
+`register` must be called on the options of every session whose graph holds operators of the domain "understudy".
+`self_test` runs every operator in a tiny session against its NumPy twin; the server calls it once and refuses to start if it fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from native.kernels import twins
+from server.errors import FailedPrecondition
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DOMAIN = "understudy"
+OPSET = 1
+Feeds = dict[str, NDArray[Any]]
+
+
+def library_path() -> Path:
+    """The compiled library; FailedPrecondition when it was not built."""
+    path = Path(twins.__file__).with_name("libunderstudy_kernels.so")
+    if not path.is_file():
+        raise FailedPrecondition(
+            f"the kernel library {path.name} is not beside {path.parent.name}/twins.py; expected it to be compiled; "
+            "install the package again or run `make setup`",
+            library=path.name,
+        )
+    return path
+
+
+@functools.cache
+def isa_name() -> str:
+    """The instruction set whose build runs here: avx512vnni, avx2 or base; FailedPrecondition when UNDERSTUDY_KERNEL_ISA asks for another."""
+    library = ctypes.CDLL(str(library_path()))
+    library.us_isa_name.restype = ctypes.c_char_p
+    name = str(library.us_isa_name().decode())
+    if not name:
+        raise FailedPrecondition(
+            "UNDERSTUDY_KERNEL_ISA names an instruction set that this build or this processor lacks; unset it, or set it to 'base'"
+        )
+    return name
+
+
+def register(options: onnxruntime.SessionOptions) -> None:
+    """Makes the operators known to sessions created with `options`; FailedPrecondition when ONNX Runtime is too old for them."""
+    path = library_path()
+    isa_name()
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # onnxruntime's classes for a failed status share no base but Exception
+        raise FailedPrecondition(f"ONNX Runtime did not take the kernel library: {error}", library=path.name) from error
+
+
+def describe() -> dict[str, str]:
+    """What runs here, for logs and `GetStatus`: isa, path, ort (its version)."""
+    from server.runtime import ort
+
+    return {"isa": isa_name(), "path": str(library_path()), "ort": str(ort.import_ort().__version__)}
+
+
+def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], **attributes: int | float) -> bytes:
+    """A model of one operator whose inputs are `feeds` in order (None: absent); an output named "q" is u8, "" is left out."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    node = helper.make_node(op, [name if value is not None else "" for name, value in feeds.items()], outputs, domain=DOMAIN, **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
+        for name, value in feeds.items()
+        if value is not None
+    ]
+    results = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, [None] * (1 if name == "out_scale" else 2))
+        for name in outputs
+        if name
+    ]
+    graph = helper.make_graph([node], op, inputs, results)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, OPSET)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def run_op(
+    op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], threads: int = 1, **attributes: int | float
+) -> list[NDArray[Any]]:
+    """Runs one operator in a session of its own and returns `outputs` in order."""
+    from server.runtime import ort
+
+    onnxruntime = ort.import_ort()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    register(options)
+    session = onnxruntime.InferenceSession(
+        single_op_model(op, feeds, outputs, **attributes), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run([name for name in outputs if name], {name: value for name, value in feeds.items() if value is not None}))
+
+
+def _expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> None:
+    error = float(np.max(np.abs(got - expected) / (1.0 + np.abs(expected)), initial=0.0))
+    if got.shape != expected.shape or not error <= tolerance:
+        raise FailedPrecondition(
+            f"the kernel {op} is off by {error:.3g}, expected at most {tolerance:g}; this build does not suit this machine: "
+            "set UNDERSTUDY_KERNEL_ISA=base, or build the package here",
+            op=op,
+            error=f"{error:.3g}",
+        )
+
+
+def _expect_quantized(op: str, got: list[NDArray[Any]], expected: twins.Quantized) -> None:
+    _expect_close(op, got[0].astype(np.float64), np.clip(expected.exact, 0, 255), 0.51)
+    if expected.scale is not None:
+        _expect_close(op, got[1] / expected.scale, np.ones_like(expected.scale, dtype=np.float64), 1e-5)
+
+
+def self_test() -> None:
+    """Runs each operator, plain, static and per row, against its twin; FailedPrecondition names the first that is wrong. About 0.1 s."""
+    random = np.random.default_rng(7)
+    cu = np.array([0, 1, 1, 20, 45], np.int32)
+    tokens, columns, heads = int(cu[-1]), 72, 3
+
+    def floats(*shape: int) -> twins.Floats:
+        return random.standard_normal(shape).astype(np.float32)
+
+    x, residual, qkv = floats(tokens, columns), floats(tokens, columns), floats(tokens, 3 * columns)
+    row_scale, bias, wide, gamma, beta = abs(floats(tokens)) + 0.5, floats(columns), floats(3 * columns), floats(columns), floats(columns)
+    rel_bias, word, position, kind = floats(heads, 9), floats(11, columns), floats(30, columns), floats(2, columns)
+    ids, positions, kinds = (random.integers(0, high, tokens) for high in (11, 30, 2))
+    cases: list[tuple[str, Feeds, dict[str, int | float], Callable[[], NDArray[np.float64]]]] = [
+        (
+            "PackedAttention",
+            {"x": qkv, "cu": cu, "row_scale": row_scale, "bias": wide, "rel_bias": rel_bias},
+            {"num_heads": heads},
+            lambda: twins.packed_attention(qkv, cu, row_scale, wide, rel_bias, num_heads=heads),
+        ),
+        (
+            "AddNorm",
+            {"x": x, "row_scale": row_scale, "bias": bias, "residual": residual, "gamma": gamma, "beta": beta},
+            {"epsilon": 1e-6},
+            lambda: twins.add_norm(x, gamma, beta, row_scale, bias, residual, epsilon=1e-6),
+        ),
+        ("BiasGelu", {"x": x, "row_scale": row_scale, "bias": bias}, {}, lambda: twins.bias_gelu(x, row_scale, bias)),
+        (
+            "EmbedNorm",
+            {"ids": ids, "positions": positions, "kinds": kinds, "w": word, "p": position, "t": kind, "gamma": gamma, "beta": beta},
+            {},
+            lambda: twins.embed_norm(ids, positions, kinds, word, position, kind, gamma, beta),
+        ),
+    ]
+    mult = (abs(floats(columns)) + 0.5) * 30
+    for op, feeds, attributes, twin in cases:
+        expected = twin()
+        _expect_close(op, run_op(op, feeds, ["y"], **attributes)[0], expected, 5e-6)
+        leading = ["y"] if op in ("AddNorm", "EmbedNorm") else []
+        quantized = {**feeds, "mult": mult}
+        static = run_op(op + "Q", quantized, [*leading, "q"], zero_point=120, **attributes)
+        _expect_quantized(op + "Q", static[len(leading) :], twins.quantize(expected, mult, 120))
+        per_row = run_op(op + "Q", quantized, [*leading, "q", "out_scale"], per_row=1, **attributes)
+        _expect_quantized(op + "Q", per_row[len(leading) :], twins.quantize(expected, mult, per_row=True))
