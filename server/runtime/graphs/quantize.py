@@ -1,0 +1,192 @@
+"""One matrix product in int8: smoothing, scales, rounding, and the error that each choice makes on calibration rows.
+
+Activations u8, weights s8. Before AVX-512 VNNI, x86 adds u8 x s8 products in pairs into 16 bits with saturation (vpmaddubsw), which is usually
+answered by 7-bit weights. We keep 8 bits and hold a weaker bound that is enough: of the rows (2i, 2i+1) that form a pair, positive weights sum to
+at most 128 and negative ones to at least -128, so that 255 * sum stays within 16 bits. Few pairs come near it, and one file is exact on every CPU.
+
+Sources: SmoothQuant (arXiv 2211.10438, eq. 4) for the migration, GPTQ (arXiv 2210.17323, alg. 1) for the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.core import FloatArray
+from server.runtime.graphs.checkpoint import Dense
+from server.runtime.graphs.writer import QuantizedProduct
+
+TINY = np.float32(1e-8)
+ALPHAS: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CLIPS: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6)
+WEIGHT_CLIPS: Sequence[float] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Scales per row cost the producing operator a pass for the maximum and its reader a multiplication, so they must win by this much.
+ROW_MUST_WIN = 0.85
+PAIR = 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form chosen for a product. `error`: ||y_int8 - y||^2 / ||y||^2 on the calibration rows; `product` None means fp32."""
+
+    form: str
+    error: float
+    alpha: float
+    product: QuantizedProduct | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Static quantization of smoothed rows: u8 = rint(x / scale) + zero_point."""
+
+    scale: float
+    zero_point: int
+
+    def round(self, x: FloatArray) -> FloatArray:
+        """The values that the u8 stand for."""
+        q = np.clip(np.rint(x * np.float32(1 / self.scale)) + np.float32(self.zero_point), 0, 255)
+        return (q - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+def quantize_product(x: FloatArray, dense: Dense, sample: np.ndarray, forms: Sequence[str] = ("static", "row")) -> Choice:
+    """The best int8 form of `x @ dense.weight + dense.bias`.
+
+    x float32[T, K]: the product's inputs on calibration text. `sample`: indices of the rows on which candidates are compared.
+    """
+    high = np.maximum(np.abs(x).max(axis=0), TINY)
+    weight_high = np.maximum(np.abs(dense.weight).max(axis=1), TINY)
+    rows = x[sample]
+    want = rows @ dense.weight
+    power = max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
+    square = np.square(x).mean(axis=0)
+    best: dict[str, tuple[float, float]] = {}
+    for alpha in ALPHAS:
+        smooth = _smooth(high, weight_high, alpha)
+        weight = dense.weight * smooth[:, None]
+        q, scale = round_weights(weight, square / smooth**2)
+        rounded = q * scale
+        for form in forms:
+            got = _round_rows(rows / smooth, x / smooth if form == "static" else None, weight) @ rounded
+            error = float(np.square(got - want, dtype=np.float64).sum()) / power
+            if form not in best or error < best[form][0]:
+                best[form] = (error, alpha)
+    form = forms[0] if len(forms) == 1 else ("row" if best["row"][0] < ROW_MUST_WIN * best["static"][0] else "static")
+    return _finish(x, dense, _smooth(high, weight_high, best[form][1]), form, best[form][1], sample)
+
+
+def _smooth(high: FloatArray, weight_high: FloatArray, alpha: float) -> FloatArray:
+    s = high**alpha / weight_high ** (1 - alpha)
+    # Only ratios between channels matter; a channel that calibration never saw must not get a huge factor.
+    s /= np.exp(np.log(s).mean())
+    return np.clip(s, 1e-4, 1e4).astype(np.float32)
+
+
+def _round_rows(rows: FloatArray, all_rows: FloatArray | None, weight: FloatArray) -> FloatArray:
+    """Smoothed rows as int8 gives them back: with static scales from `all_rows`, or with scales per row where that is None."""
+    if all_rows is not None:
+        return _static(all_rows, weight).round(rows)
+    scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), TINY) / 127
+    return np.rint(rows / scale) * scale
+
+
+def _static(x: FloatArray, weight: FloatArray) -> _Rows:
+    """Scale and zero point by least error, each channel's weighted by what the weights make of it."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    gain = np.square(weight).sum(axis=1)
+    step = max(1, len(x) // 1024)
+    thin = x[::step]
+    best = (np.inf, _Rows(1.0, 128))
+    for clip in CLIPS:
+        scale = max((high - low) * clip, 1e-20) / 255
+        rows = _Rows(scale, int(np.clip(np.rint(-low * clip / scale), 0, 255)))
+        error = float(np.square(rows.round(thin) - thin).mean(axis=0) @ gain)
+        if error < best[0]:
+            best = (error, rows)
+    return best[1]
+
+
+def round_weights(weight: FloatArray, importance: FloatArray) -> tuple[np.ndarray, FloatArray]:
+    """Pair-safe s8 weights float32[K, N] (whole numbers) and their scale float32[N], by least error weighted with `importance` float32[K]."""
+    high = np.maximum(np.abs(weight).max(axis=0), TINY)
+    best_error = np.full(weight.shape[1], np.inf, dtype=np.float32)
+    best_scale = high / 127
+    for clip in WEIGHT_CLIPS:
+        scale = (high * np.float32(clip) / 127).astype(np.float32)
+        q = pair_safe(np.clip(np.rint(weight / scale), -127, 127))
+        error = importance @ np.square(q * scale - weight)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best_scale = np.where(better, scale, best_scale)
+    return pair_safe(np.clip(np.rint(weight / best_scale), -127, 127)), best_scale.astype(np.float32)
+
+
+def pair_safe(q: np.ndarray) -> np.ndarray:
+    """Shrinks the pairs of rows (2i, 2i+1) of `q` [K, N] that break the bound, both members alike."""
+    even = len(q) // 2 * 2
+    pairs = q[:even].reshape(even // 2, 2, -1)
+    a, b = pairs[:, 0], pairs[:, 1]
+    over = np.where(a * b > 0, np.maximum(np.abs(a + b) - PAIR, 0), 0)
+    if not over.any():
+        return q
+    out = q.copy()
+    safe = out[:even].reshape(even // 2, 2, -1)
+    first = np.where(np.abs(a) >= np.abs(b), np.ceil(over / 2), np.floor(over / 2))
+    safe[:, 0] -= np.sign(a) * first
+    safe[:, 1] -= np.sign(b) * (over - first)
+    return out
+
+
+def compensated(weight: FloatArray, scale: FloatArray, hessian: np.ndarray) -> np.ndarray:
+    """Rounds row after row, pushing each row's error onto the rows still to come (GPTQ); pair-safe float32[K, N] whole numbers.
+
+    `hessian` float64[K, K]: X^T X of the smoothed calibration rows.
+    """
+    size, block = len(weight), 128
+    damped = hessian + np.eye(size) * (0.01 * float(np.trace(hessian)) / size + 1e-12)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    left = weight.copy()
+    q = np.empty_like(left)
+    inverse = 1 / scale
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        part = left[start:end]
+        errors = np.empty_like(part)
+        for j in range(end - start):
+            k = start + j
+            low, high = -127.0, 127.0
+            if k % 2:
+                low, high = np.maximum(-127, -PAIR - np.minimum(q[k - 1], 0)), np.minimum(127, PAIR - np.maximum(q[k - 1], 0))
+            q[k] = np.clip(np.rint(part[j] * inverse), low, high)
+            errors[j] = (part[j] - q[k] * scale) / upper[k, k]
+            if j + 1 < end - start:
+                part[j + 1 :] -= upper[k, k + 1 : end, None] * errors[j]
+        left[end:] -= upper[start:end, end:].T @ errors
+    return q
+
+
+def _finish(x: FloatArray, dense: Dense, smooth: FloatArray, form: str, alpha: float, sample: np.ndarray) -> Choice:
+    """The chosen form with compensated weights and a bias without the mean error."""
+    smoothed = x / smooth
+    weight = dense.weight * smooth[:, None]
+    q, weight_scale = round_weights(weight, np.square(smoothed).mean(axis=0))
+    q = compensated(weight, weight_scale, (smoothed.T @ smoothed).astype(np.float64))
+    static = _static(smoothed, weight) if form == "static" else _Rows(1.0, 128)
+    rounded = q * weight_scale
+    rows = smoothed[sample]
+    got = _round_rows(rows, smoothed if form == "static" else None, weight) @ rounded
+    want = x[sample] @ dense.weight
+    shift = (got - want).mean(axis=0, dtype=np.float64).astype(np.float32)
+    power = max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
+    error = float(np.square(got - shift - want, dtype=np.float64).sum()) / power
+    product = QuantizedProduct(
+        row=form == "row",
+        mult=(1 / (smooth * np.float32(static.scale))).astype(np.float32),
+        scale=static.scale,
+        zero_point=static.zero_point,
+        weight=q.astype(np.int8),
+        weight_scale=weight_scale,
+        bias=dense.bias - shift,
+    )
+    return Choice(form, error, alpha, product)
