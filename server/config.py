@@ -139,6 +139,7 @@ class SkillConfig(_Section):
     base: str = ""
     deliver_bar: float = Field(default=0.8, ge=0, le=1)
     min_rows: int = Field(default=100, ge=1)  # the trainer refuses fewer
+    max_cost_micro_usd: int | None = Field(default=None, ge=0)  # most that one item may cost, in 1e-6 US dollars; unset: no limit
 
     @field_validator("teacher")
     @classmethod
@@ -177,6 +178,7 @@ class ProviderConfig(_Section):
     timeout_s: float = Field(default=30.0, gt=0)
     max_retries: int = Field(default=2, ge=0, le=10)
     max_concurrent: int = Field(default=16, ge=1)
+    training_allowed: bool = False  # whether the vendor's terms let you train models on its answers; the trainer leaves others out
     prices: dict[str, PriceConfig] = {}
 
     @field_validator("base_url")
