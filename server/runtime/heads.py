@@ -1,0 +1,331 @@
+"""Linear heads: adapters that turn a base's embedding into class probabilities.
+
+A head is a folder: `adapter.safetensors` (weight float32[labels, H], bias float32[labels]), the same as `head.onnx`
+(embedding float32[B, H] -> probabilities float32[B, labels]) and `manifest.json`. What is served is the answer of the ONNX file; the
+safetensors are there for further training, and to check it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from server.core import Call, FloatArray, Label, Results
+from server.errors import AlreadyExists, InvalidArgument, ManifestInvalid, ModelRejected
+from server.runtime.manifest import FileEntry, FileName, Name, Sha256, Version
+from server.runtime.onnx_scan import scan_onnx
+from server.runtime.ort import import_ort
+from server.runtime.tasks.classification import ranked_labels, sigmoid, softmax
+from server.runtime.verify import entry_of, sha256_of
+
+if TYPE_CHECKING:
+    from server.runtime.encoder import EncoderModel
+
+MANIFEST = "manifest.json"
+WEIGHTS = "adapter.safetensors"
+GRAPH = "head.onnx"
+INPUT, OUTPUT = "embedding", "probabilities"
+MAX_LABELS = 10_000
+_OPERATORS = {("", "Gemm"), ("", "Div"), ("", "Softmax"), ("", "Sigmoid")}
+_MAX_MANIFEST = 1 << 20
+_PROBE_ROWS = 8
+_PROBE_TOLERANCE = 1e-5
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Base(_Part):
+    """The model version that a head was trained on; `sha256` is its model.onnx's."""
+
+    name: Name
+    version: Version
+    sha256: Sha256
+
+
+class Features(_Part):
+    """How the base's tokens become the vector that the head reads; `size` is its length."""
+
+    pooling: Literal["mean", "cls", "last"]
+    normalize: bool
+    size: int = Field(ge=1, le=65_536)
+
+
+class HeadSpec(_Part):
+    """Everything that a manifest says but the files. Logits are divided by `temperature` (calibration) before softmax or sigmoid."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["linear-head"] = "linear-head"
+    name: Name
+    version: Version
+    base: Base
+    features: Features
+    labels: list[str] = Field(min_length=1, max_length=MAX_LABELS)
+    multi_label: bool = False
+    temperature: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
+    metrics: dict[str, float] = {}
+    lineage: dict[str, Any] = {}
+    license: str = ""
+    created: str = ""  # RFC 3339
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> HeadSpec:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label occurs twice")
+        if len(self.labels) < 2 and not self.multi_label:
+            raise ValueError("labels that exclude each other are at least two")
+        return self
+
+
+class AdapterManifest(HeadSpec):
+    """`manifest.json` of a head's folder."""
+
+    files: dict[FileName, FileEntry]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> AdapterManifest:
+        if set(self.files) != {WEIGHTS, GRAPH}:
+            raise ValueError(f"files must be {WEIGHTS} and {GRAPH}")
+        return self
+
+
+class LinearHead:
+    """A head that was verified and loaded. `predict` may be called from any thread."""
+
+    def __init__(self, manifest: AdapterManifest, session: Any) -> None:
+        self.manifest = manifest
+        self._session = session
+
+    @classmethod
+    def load(cls, folder: Path, *, base_sha256: str | None) -> LinearHead:
+        """Verifies and loads the head in `folder`.
+
+        `base_sha256` is the SHA-256 of the model.onnx that will feed it; None skips that check alone. Raises ManifestInvalid, or
+        ModelRejected: another base, a wrong hash or size, foreign files, broken weights, an ONNX file that is not these weights.
+        """
+        manifest = read_adapter_manifest(folder)
+        if base_sha256 is not None and manifest.base.sha256 != base_sha256:
+            raise ModelRejected(
+                f"Head {manifest.name!r} version {manifest.version} was trained on {manifest.base.name!r} with model.onnx SHA-256 "
+                f"{manifest.base.sha256}; the loaded base has {base_sha256}. Load that base, or train the head again on this one.",
+                adapter=manifest.name,
+                expected=manifest.base.sha256,
+                got=base_sha256,
+            )
+        _verify_files(folder, manifest)
+        weight, bias = _read_weights(folder / WEIGHTS, manifest)
+        head = cls(manifest, _open_session(folder / GRAPH))
+        probe = np.random.default_rng(0).standard_normal((_PROBE_ROWS, manifest.features.size)).astype(np.float32)
+        difference = float(np.abs(head.predict(probe) - reference(manifest, weight, bias, probe)).max())
+        if not difference <= _PROBE_TOLERANCE:
+            raise ModelRejected(
+                f"{GRAPH} and {WEIGHTS} of head {manifest.name!r} differ by {difference:.2g} in probability; expected at most "
+                f"{_PROBE_TOLERANCE:g}. Write the head again.",
+                adapter=manifest.name,
+                file=GRAPH,
+            )
+        return head
+
+    def predict(self, vectors: FloatArray) -> FloatArray:
+        """Vectors float32[B, H] -> probabilities float32[B, labels]. Raises ModelRejected when the file's answer is no such array."""
+        size, labels = self.manifest.features.size, len(self.manifest.labels)
+        assert vectors.dtype == np.float32 and vectors.ndim == 2 and vectors.shape[1] == size, (vectors.dtype, vectors.shape, size)
+        try:
+            (answer,) = self._session.run([OUTPUT], {INPUT: vectors})
+        except Exception as error:  # ONNX Runtime's exceptions have no public base
+            raise ModelRejected(f"{GRAPH} of head {self.manifest.name!r} does not run: {str(error)[:300]}", file=GRAPH) from None
+        if answer.dtype != np.float32 or answer.shape != (len(vectors), labels):
+            raise ModelRejected(
+                f"{GRAPH} of head {self.manifest.name!r} gives {answer.dtype}{list(answer.shape)}; expected float32"
+                f"[{len(vectors)}, {labels}]. Write the head again.",
+                file=GRAPH,
+            )
+        return np.asarray(answer, dtype=np.float32)
+
+    def labels(self, vectors: FloatArray, top_k: int = 0) -> list[list[Label]]:
+        """Classes best first, at most `top_k` (0: all), a row of `vectors` float32[B, H]."""
+        return ranked_labels(self.manifest.labels, self.predict(vectors), top_k)
+
+
+async def classify_with_head(
+    model: EncoderModel, head: LinearHead, texts: Sequence[str], *, call: Call, top_k: int = 0, truncate: bool = False
+) -> Results[list[Label]]:
+    """Embeds with the base as the head was trained to read it, and applies the head. Item errors as `EncoderModel.embed` gives them."""
+    features = head.manifest.features
+    size = features.size if features.size != model.manifest.hidden_size else None
+    embedded = await model.embed(
+        texts, call=call, pooling=features.pooling, normalize=features.normalize, dimensions=size, truncate=truncate
+    )
+    good = [row for row in embedded.items if not isinstance(row, Exception)]
+    labels = iter(head.labels(np.stack(good), top_k) if good else ())
+    items: list[list[Label] | Exception] = [row if isinstance(row, Exception) else next(labels) for row in embedded.items]
+    return Results(items, embedded.timings, embedded.usage, embedded.truncated, embedded.model, embedded.version)
+
+
+def reference(spec: HeadSpec, weight: FloatArray, bias: FloatArray, vectors: FloatArray) -> FloatArray:
+    """What a head's ONNX file must answer, in NumPy: float32[B, H] -> float32[B, labels]."""
+    logits = ((vectors.astype(np.float64) @ weight.T.astype(np.float64) + bias) / spec.temperature).astype(np.float32)
+    return sigmoid(logits) if spec.multi_label else softmax(logits)
+
+
+def write_linear_head(folder: Path, spec: HeadSpec, weight: FloatArray, bias: FloatArray) -> AdapterManifest:
+    """Writes a head's folder, at once and only once: a reader sees all of it or nothing.
+
+    `weight` float32[labels, H], `bias` float32[labels]. Raises AlreadyExists, and InvalidArgument for weights that are not of `spec`.
+    """
+    problem = _weights_problem(spec, {"weight": weight, "bias": bias})
+    if problem:
+        raise InvalidArgument(f"{problem} Expected float32 weights of the labels and the features' size.")
+    if folder.exists():
+        raise AlreadyExists(f"{folder} is there already; versions are written once. Choose the next version.", version=spec.version)
+    from safetensors.numpy import save_file
+
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        save_file({"weight": np.ascontiguousarray(weight), "bias": np.ascontiguousarray(bias)}, part / WEIGHTS)
+        (part / GRAPH).write_bytes(_graph(spec, weight, bias))
+        manifest = AdapterManifest(**dict(spec), files={name: entry_of(part / name) for name in (WEIGHTS, GRAPH)})
+        (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in (*part.iterdir(), part):
+            _sync(path)
+        try:
+            part.rename(folder)
+        except OSError as error:
+            raise AlreadyExists(f"{folder} appeared while the head was written: {error.strerror}. Choose the next version.") from None
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def read_adapter_manifest(folder: Path) -> AdapterManifest:
+    """The manifest in `folder`, without a look at the files. Raises ManifestInvalid."""
+    path = folder / MANIFEST
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ManifestInvalid(f"{path} is no regular file. Replace it by the file itself.", file=MANIFEST)
+        with path.open("rb") as handle:
+            raw = handle.read(_MAX_MANIFEST + 1)
+    except OSError as error:
+        need = f"A head has {MANIFEST}, {WEIGHTS} and {GRAPH}."
+        raise ManifestInvalid(f"{path} cannot be read: {error.strerror}. {need}", file=MANIFEST) from None
+    if len(raw) > _MAX_MANIFEST:
+        raise ManifestInvalid(f"{path} has over {_MAX_MANIFEST} bytes; expected a head's manifest.", file=MANIFEST, limit=_MAX_MANIFEST)
+    try:
+        return AdapterManifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part)[:80] for part in first["loc"])[:200]
+        raise ManifestInvalid(f"{path}: {key or 'the file'}: {str(first['msg'])[:300]}. Write the head again.", key=key) from None
+    except (RecursionError, ValueError) as error:
+        raise ManifestInvalid(f"{path} is no manifest: {str(error)[:200]}. Write the head again.", file=MANIFEST) from None
+
+
+def _verify_files(folder: Path, manifest: AdapterManifest) -> None:
+    found = {path.name for path in folder.iterdir()}
+    foreign = sorted(found - {WEIGHTS, GRAPH, MANIFEST})
+    if foreign:
+        raise ModelRejected(f"{folder} holds {foreign[0]!r}; expected {MANIFEST}, {WEIGHTS} and {GRAPH} alone. Remove it.", file=foreign[0])
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if name not in found or not stat.S_ISREG(path.lstat().st_mode):
+            raise ModelRejected(f"{path} is no regular file. Write the head again, or copy its files.", file=name)
+        size = path.stat().st_size
+        if size != entry.size:
+            raise ModelRejected(f"{path} has {size} bytes; the manifest says {entry.size}. Copy or write the head again.", file=name)
+        digest = sha256_of(path)
+        if digest != entry.sha256:
+            raise ModelRejected(f"{path} has SHA-256 {digest}; the manifest says {entry.sha256}. Copy or write the head again.", file=name)
+
+
+def _read_weights(path: Path, manifest: AdapterManifest) -> tuple[FloatArray, FloatArray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    # Header, weight and bias: what is larger is something else, and is not read.
+    limit = 4 * len(manifest.labels) * (manifest.features.size + 1) + (1 << 20)
+    if path.stat().st_size > limit:
+        raise ModelRejected(f"{path} has {path.stat().st_size} bytes; these labels and features have at most {limit}.", file=path.name)
+    try:
+        tensors = load(path.read_bytes())
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ModelRejected(f"{path} is no safetensors file: {str(error)[:200]}. Write the head again.", file=path.name) from None
+    problem = _weights_problem(manifest, tensors)
+    if problem:
+        raise ModelRejected(f"{path}: {problem} Write the head again.", file=path.name)
+    return tensors["weight"], tensors["bias"]
+
+
+def _weights_problem(spec: HeadSpec, tensors: dict[str, Any]) -> str:
+    """What is wrong with a head's tensors, or nothing."""
+    shapes: dict[str, tuple[int, ...]] = {"weight": (len(spec.labels), spec.features.size), "bias": (len(spec.labels),)}
+    if set(tensors) != set(shapes):
+        return f"the tensors are {', '.join(sorted(tensors))[:200] or 'none'}; expected weight and bias."
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype != np.float32 or tensor.shape != shape:
+            return f"{name} is {tensor.dtype}{list(tensor.shape)}; expected float32{list(shape)}."
+        if not math.isfinite(float(np.abs(tensor).max())):
+            return f"{name} has values that are not finite."
+    return ""
+
+
+def _open_session(path: Path) -> Any:
+    summary = scan_onnx(path)
+    operators = {(domain if domain != "ai.onnx" else "", name) for domain, name in summary.operators}
+    if operators - _OPERATORS or summary.functions or summary.external or summary.inputs != [INPUT] or summary.outputs != [OUTPUT]:
+        raise ModelRejected(
+            f"{path} is no linear head: it has inputs {summary.inputs[:4]}, outputs {summary.outputs[:4]} and operators "
+            f"{sorted(name for _, name in operators)[:8]}; expected one product from {INPUT!r} to {OUTPUT!r}. Write the head again.",
+            file=path.name,
+        )
+    ort = import_ort()
+    options = ort.SessionOptions()
+    # A product of a few hundred thousand values: threads would cost more than they give.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no public base
+        raise ModelRejected(f"{path} is refused by ONNX Runtime: {str(error)[:300]}. Write the head again.", file=path.name) from None
+
+
+def _graph(spec: HeadSpec, weight: FloatArray, bias: FloatArray) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Gemm", [INPUT, "weight", "bias"], ["raw"], transB=1),
+        helper.make_node("Div", ["raw", "temperature"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], [OUTPUT])
+        if spec.multi_label
+        else helper.make_node("Softmax", ["logits"], [OUTPUT], axis=-1),
+    ]
+    values = {"weight": weight, "bias": bias, "temperature": np.asarray(spec.temperature, dtype=np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        f"{spec.name}-{spec.version}",
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", spec.features.size])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", len(spec.labels)])],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="understudy")
+    return bytes(model.SerializeToString())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

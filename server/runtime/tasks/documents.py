@@ -1,0 +1,119 @@
+"""Texts with offsets, read in windows: what entities and answers share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from server.core import Call, IntArray
+from server.errors import InputTooLong, UnderstudyError
+from server.runtime.engine import Encoded
+from server.runtime.tasks.stages import INLINE_CHARACTERS, Account, Parts, characters, check_call, off_loop
+from server.runtime.tokenizers import TextInput, TextTokenizer, check_text, sequence_ids, window_positions
+
+# A document of more windows is a job for its sender to split: it would hold the model for minutes.
+MAX_WINDOWS = 256
+
+
+@dataclass(slots=True)
+class Document:
+    """A whole encoding, and the windows of it that run. `positions[w]` are a window's indices into the whole, int64[n]."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+    sequence: npt.NDArray[np.int8]  # 0 first text, 1 second, -1 special tokens
+    special: list[int]
+    positions: list[IntArray] = field(default_factory=list)
+    sequences: list[Encoded] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, encoding: Any) -> Document:
+        return cls(encoding.ids, encoding.offsets, encoding.word_ids, sequence_ids(encoding), encoding.special_tokens_mask)
+
+    @property
+    def cut(self) -> bool:
+        """Whether no window holds the last token of the text."""
+        return bool(self.positions) and len(self.positions) == 1 and len(self.positions[0]) < len(self.ids)
+
+    def windows(self, target: int, limit: int, stride: int) -> list[IntArray]:
+        if len(self.ids) <= limit:
+            return [np.arange(len(self.ids), dtype=np.int64)]
+        return window_positions(self.sequence, target, limit, stride)
+
+
+async def read_documents(
+    parts: Parts,
+    inputs: Sequence[TextInput],
+    fields: Sequence[str],
+    windows: Callable[[Document], list[IntArray]],
+    account: Account,
+    *,
+    call: Call,
+) -> list[Document | UnderstudyError]:
+    """Tokenizes with offsets and cuts each document with `windows`, which may raise InputTooLong for it.
+
+    `fields[i]` names an input; the parts of a pair are `fields[i]` + ".question" and ".context".
+    """
+    started = time.perf_counter()
+    light = characters(inputs) <= INLINE_CHARACTERS
+    documents = await off_loop(parts, light, _read, parts.tokenizer, inputs, fields, windows)
+    account.timings.tokenize += time.perf_counter() - started
+    check_call(call, "tokenize")
+    return documents
+
+
+def _read(
+    tokenizer: TextTokenizer, inputs: Sequence[TextInput], fields: Sequence[str], windows: Callable[[Document], list[IntArray]]
+) -> list[Document | UnderstudyError]:
+    results: list[Document | UnderstudyError] = []
+    refused = [_refuse(tokenizer, one, field_name) for one, field_name in zip(inputs, fields, strict=True)]
+    good = [one for one, error in zip(inputs, refused, strict=True) if error is None]
+    encodings = iter(tokenizer.encode(good, offsets=True) if good else ())
+    for error, field_name in zip(refused, fields, strict=True):
+        results.append(error if error is not None else _cut(tokenizer, next(encodings), field_name, windows))
+    return results
+
+
+def _cut(
+    tokenizer: TextTokenizer, encoding: Any, field_name: str, windows: Callable[[Document], list[IntArray]]
+) -> Document | UnderstudyError:
+    if isinstance(encoding, UnderstudyError):
+        encoding.metadata = {**encoding.metadata, "field": field_name}
+        return encoding
+    document = Document.of(encoding)
+    try:
+        document.positions = windows(document)
+    except InputTooLong as error:
+        error.metadata = {**error.metadata, "field": f"{field_name}{error.metadata.get('field', '')}"}
+        return error
+    if len(document.positions) > MAX_WINDOWS:
+        return InputTooLong(
+            f"{field_name} has {len(document.ids)} tokens, in {len(document.positions)} windows; expected at most {MAX_WINDOWS}. Split it.",
+            field=field_name,
+            tokens=len(document.ids),
+            limit=MAX_WINDOWS * tokenizer.max_tokens,
+        )
+    whole = tokenizer.tokens(encoding).encoded
+    document.sequences = [
+        Encoded(whole.ids[positions], None if whole.type_ids is None else whole.type_ids[positions]) for positions in document.positions
+    ]
+    return document
+
+
+def _refuse(tokenizer: TextTokenizer, one: TextInput, field_name: str) -> UnderstudyError | None:
+    names = ((one[0], f"{field_name}.question"), (one[1], f"{field_name}.context")) if isinstance(one, tuple) else ((one, field_name),)
+    limit = MAX_WINDOWS * tokenizer.max_characters // 8
+    for text, name in names:
+        error = check_text(text, name)
+        if error is not None:
+            return error
+        if len(text) > limit:
+            message = f"{name} has {len(text)} characters; expected at most {limit}. Split it."
+            return InputTooLong(message, field=name, characters=len(text), limit=limit)
+    return None
