@@ -53,6 +53,7 @@ class Call:
     cancelled: bool = False
     tenant: str = ""
     user: str = ""
+    stage: str = ""  # what is being done for it: tokenize, queue, run, post, provider; set by whoever does it
 
     def remaining(self, now: float | None = None) -> float | None:
         """Seconds until the deadline (negative when past), or None without one."""

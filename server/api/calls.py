@@ -1,0 +1,58 @@
+"""What the edge knows of the call that runs now. Each RPC is a task of its own, so a context variable holds it; no signature carries it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.core import Call, Priority, Results, Timings
+
+_PRIORITIES = {1: Priority.CRITICAL, 2: Priority.INTERACTIVE, 3: Priority.BULK}
+
+
+@dataclass(slots=True)
+class Scope:
+    """One RPC: its `call`, and what servicers note for the access log and the trace. Texts are never noted."""
+
+    method: str
+    call: Call
+    started: float  # time.monotonic() seconds
+    model: str = ""
+    items: int = 0
+    failed_items: int = 0
+    tokens: int = 0
+    timings: Timings = field(default_factory=Timings)
+    expired: bool = False  # the alarm below rang
+    alarm: asyncio.TimerHandle | None = None
+    span: Any = None
+
+    def note(self, results: Results[Any]) -> None:
+        """Keeps who answered, how many items, and what it took."""
+        self.model = f"{results.model}@{results.version}" if results.version else results.model
+        self.items = len(results.items)
+        self.failed_items = sum(1 for item in results.items if isinstance(item, Exception))
+        self.tokens = results.usage.input + results.usage.output
+        self.timings = results.timings
+
+
+_scope: ContextVar[Scope] = ContextVar("scope")
+
+
+def enter(scope: Scope) -> None:
+    """Makes `scope` the current one of this task. For the guard alone."""
+    _scope.set(scope)
+
+
+def current() -> Scope:
+    """The scope of the RPC that runs in this task. Raises LookupError outside of one."""
+    return _scope.get()
+
+
+def current_call(priority: int = 0) -> Call:
+    """The call of the RPC that runs in this task. `priority` is the request's `understudy.v1.Priority`; 0 leaves what is there."""
+    call = _scope.get().call
+    if priority:
+        call.priority = _PRIORITIES.get(priority, call.priority)
+    return call

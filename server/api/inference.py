@@ -1,0 +1,230 @@
+"""understudy.v1.InferenceService: requests to the loaded models, results back. Run belongs to server/api/run.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from server.api import calls, convert
+from server.api.status import to_status
+from server.api.wire import Context
+from server.core import Results, Task
+from server.errors import InvalidArgument, ModelNotLoaded, RequestTooLarge, Unimplemented
+from server.runtime.runtime import Runtime
+from server.runtime.tasks.zero_shot import DEFAULT_TEMPLATE
+from understudy.v1 import inference_pb2 as items
+from understudy.v1 import inference_service_pb2 as pb
+
+_POOLING = {pb.POOLING_MEAN: "mean", pb.POOLING_CLS: "cls", pb.POOLING_LAST: "last"}
+_KINDS = {pb.EMBED_INPUT_TYPE_QUERY: "query", pb.EMBED_INPUT_TYPE_PASSAGE: "passage"}
+_AGGREGATION = {
+    pb.AGGREGATION_STRATEGY_UNSPECIFIED: "simple",
+    pb.AGGREGATION_STRATEGY_NONE: "none",
+    pb.AGGREGATION_STRATEGY_SIMPLE: "simple",
+    pb.AGGREGATION_STRATEGY_FIRST: "first",
+    pb.AGGREGATION_STRATEGY_AVERAGE: "average",
+    pb.AGGREGATION_STRATEGY_MAX: "max",
+}
+MAX_CANDIDATE_LABELS = 256
+
+
+class RunsSkills(Protocol):
+    """Who answers Run."""
+
+    async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse: ...
+
+
+class InferenceServicer:
+    """Edges only: limits and names here, the work in `EncoderModel`. `defaults`: the model of a task for calls that name none."""
+
+    def __init__(self, runtime: Runtime, defaults: Mapping[Task, str], max_items: int, run: RunsSkills | None = None) -> None:
+        self._runtime = runtime
+        self._defaults = defaults
+        self._max_items = max_items
+        self._run = run
+
+    async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
+        """Runs a skill."""
+        if self._run is None:
+            raise Unimplemented("this server runs no skills; configure one under [skills.<name>].")
+        self._check(request.inputs, "inputs")
+        return await self._run.Run(request, context)
+
+    async def Embed(self, request: pb.EmbedRequest, _context: Context) -> bytes:
+        """Texts to vectors."""
+        self._check(request.texts, "texts")
+        pooling = _choice(request.pooling, _POOLING, "pooling")
+        kind = _choice(request.input_type, _KINDS, "input_type") or ""
+        call = _call(request)
+        with self._use(request.model, Task.FEATURE_EXTRACTION) as model:
+            results = await model.embed(
+                request.texts,
+                call=call,
+                dimensions=_count(request.dimensions, "dimensions") or None,
+                normalize=request.normalize if request.HasField("normalize") else None,
+                truncate=request.truncate,
+                pooling=pooling,
+                kind=kind,
+            )
+        calls.current().note(results)
+        return convert.embed_response(results)
+
+    async def Classify(self, request: pb.ClassifyRequest, _context: Context) -> pb.ClassifyResponse:
+        """Texts to labels: the model's own, or the caller's."""
+        self._check(request.inputs, "inputs")
+        top_k = _count(request.top_k, "top_k")
+        call = _call(request)
+        if request.candidate_labels:
+            results = await self._zero_shot(request, call, top_k)
+        else:
+            pairs = [(one.text, one.text_pair) if one.text_pair else one.text for one in request.inputs]
+            with self._use(request.model, Task.TEXT_CLASSIFICATION) as model:
+                results = await model.classify(pairs, call=call, top_k=top_k, truncate=request.truncate)
+        calls.current().note(results)
+        return pb.ClassifyResponse(results=_listed(results, items.ClassifyResult, "labels", convert.label), **convert.tail(results))
+
+    async def _zero_shot(self, request: pb.ClassifyRequest, call: Any, top_k: int) -> Results[Any]:
+        if len(request.candidate_labels) > MAX_CANDIDATE_LABELS:
+            raise RequestTooLarge(
+                f"{len(request.candidate_labels)} candidate labels; expected at most {MAX_CANDIDATE_LABELS}. Send fewer.",
+                field="candidate_labels",
+                limit=MAX_CANDIDATE_LABELS,
+            )
+        paired = next((index for index, one in enumerate(request.inputs) if one.text_pair), None)
+        if paired is not None:
+            raise InvalidArgument(
+                "candidate labels take the place of the second text; expected no text_pair. Leave one of them out.",
+                field=f"inputs[{paired}].text_pair",
+            )
+        with self._use(request.model, Task.ZERO_SHOT_CLASSIFICATION) as model:
+            return await model.classify_zero_shot(
+                [one.text for one in request.inputs],
+                request.candidate_labels,
+                call=call,
+                multi_label=request.multi_label,
+                hypothesis_template=request.hypothesis_template or DEFAULT_TEMPLATE,
+                truncate=request.truncate,
+                top_k=top_k,
+            )
+
+    async def Rerank(self, request: pb.RerankRequest, _context: Context) -> pb.RerankResponse:
+        """Documents by relevance."""
+        self._check(request.documents, "documents")
+        top_n = _count(request.top_n, "top_n")
+        call = _call(request)
+        with self._use(request.model, Task.TEXT_RANKING) as model:
+            results = await model.rerank(request.query, request.documents, call=call, top_n=top_n, truncate=request.truncate)
+        calls.current().note(results)
+        ranked = []
+        for item in results.items:
+            if isinstance(item, Exception):
+                ranked.append(items.RankedDocument(index=_index_of(item), error=to_status(item)))
+                continue
+            text = request.documents[item.index] if request.return_documents else ""
+            ranked.append(items.RankedDocument(index=item.index, score=item.score, document=text, truncated=item.truncated))
+        return pb.RerankResponse(results=ranked, **convert.tail(results))
+
+    async def ExtractEntities(self, request: pb.ExtractEntitiesRequest, _context: Context) -> pb.ExtractEntitiesResponse:
+        """Named things in texts."""
+        self._check(request.texts, "texts")
+        aggregation = _choice(request.aggregation_strategy, _AGGREGATION, "aggregation_strategy") or "simple"
+        call = _call(request)
+        with self._use(request.model, Task.TOKEN_CLASSIFICATION) as model:
+            results = await model.extract_entities(request.texts, call=call, aggregation=aggregation, truncate=request.truncate)
+        calls.current().note(results)
+        found = _listed(results, items.ExtractEntitiesResult, "entities", convert.entity)
+        return pb.ExtractEntitiesResponse(results=found, **convert.tail(results))
+
+    async def AnswerQuestion(self, request: pb.AnswerQuestionRequest, _context: Context) -> pb.AnswerQuestionResponse:
+        """Answers to questions in their contexts."""
+        self._check(request.inputs, "inputs")
+        top_k = _count(request.top_k, "top_k") or 1
+        most = _count(request.max_answer_tokens, "max_answer_tokens") or 15
+        stride = _count(request.doc_stride, "doc_stride") or None
+        call = _call(request)
+        pairs = [(one.question, one.context) for one in request.inputs]
+        with self._use(request.model, Task.QUESTION_ANSWERING) as model:
+            results = await model.answer(
+                pairs, call=call, top_k=top_k, max_answer_tokens=most, doc_stride=stride, allow_no_answer=request.allow_no_answer
+            )
+        calls.current().note(results)
+        found = _listed(results, items.AnswerQuestionResult, "answers", convert.answer, cut=False)
+        return pb.AnswerQuestionResponse(results=found, **convert.tail(results))
+
+    def _use(self, selector: Any, task: Task) -> Any:
+        """Holds the model that the request names or, without a name, the task's own."""
+        if selector.version and not selector.name:
+            raise InvalidArgument("a version without a name; expected model.name too.", field="model.name")
+        name = selector.name or self._default(task)
+        return self._runtime.use(name, task, selector.version or None)
+
+    def _default(self, task: Task) -> str:
+        """The configured default, else the only loaded model that is made for the task, else the only one that does it."""
+        configured = self._defaults.get(task)
+        if configured is not None:
+            return configured
+        able = self._runtime.models_for(task)
+        made = [name for name in able if self._runtime.manifest(name).task is task]
+        choice = made or able
+        if len(choice) == 1:
+            return choice[0]
+        if not choice:
+            raise ModelNotLoaded(
+                f"no loaded model does {task.value}; load one with ModelService.LoadModel, or see what there is with ListModels.", task=task.value
+            )
+        names = ", ".join(repr(name) for name in choice[:10])
+        raise InvalidArgument(
+            f"several loaded models do {task.value}: {names}. Name one in model.name, or configure models.default.", field="model.name"
+        )
+
+    def _check(self, values: Sequence[Any], field: str) -> None:
+        if not values:
+            raise InvalidArgument(f"{field} is empty; expected at least one.", field=field)
+        if len(values) > self._max_items:
+            raise RequestTooLarge(
+                f"{len(values)} items in {field}; expected at most {self._max_items}. Send them in several calls.",
+                field=field,
+                limit=self._max_items,
+            )
+
+
+def _call(request: Any) -> Any:
+    if request.priority > 3 or request.priority < 0:
+        raise InvalidArgument(f"priority {request.priority} does not exist; expected a value of Priority.", field="priority")
+    return calls.current_call(request.priority)
+
+
+def _count(value: int, field: str) -> int:
+    if value < 0:
+        raise InvalidArgument(f"{field} is {value}; expected 0 or more.", field=field, limit=0)
+    return value
+
+
+def _choice(value: int, table: Mapping[Any, str], field: str) -> str | None:
+    """The name of an enum's value; None for the unspecified one, where the table lacks it."""
+    if value in table:
+        return table[value]
+    if value == 0:
+        return None
+    raise InvalidArgument(f"{field} {value} does not exist; expected a value of its enum.", field=field)
+
+
+def _listed(results: Results[Any], result: Any, field: str, convert_one: Any, *, cut: bool = True) -> list[Any]:
+    """One `result` message an item, its list in `field`; or the item's error."""
+    found = []
+    for index, item in enumerate(results.items):
+        if isinstance(item, Exception):
+            found.append(result(error=to_status(item)))
+            continue
+        message = result(**{field: [convert_one(one) for one in item]})
+        if cut and convert.truncated(results, index):
+            message.truncated = True
+        found.append(message)
+    return found
+
+
+def _index_of(error: Exception) -> int:
+    """A failed document's index, from the field that its error names, e.g. "documents[3]"."""
+    field = getattr(error, "metadata", {}).get("field", "")
+    digits = field.partition("[")[2].partition("]")[0]
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,136 @@
+"""Prometheus metrics. `Metrics` is the engines' observer too: its methods are called from engine threads and do not block.
+
+Names are documented by NAMES, which a test compares with what a running server exposes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Thread
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from server.errors import InvalidArgument
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+_FILL = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_MODEL = ("model", "version")
+
+NAMES = {
+    "understudy_calls_total": "Calls answered, by method and gRPC code.",
+    "understudy_errors_total": "Calls that failed, by method and reason.",
+    "understudy_call_seconds": "Time from a call's arrival to its answer, by method.",
+    "understudy_calls_active": "Calls that run now.",
+    "understudy_queue_depth": "Sequences that wait for a batch.",
+    "understudy_queue_wait_seconds": "Time that a sequence waited for its batch.",
+    "understudy_batch_sequences": "Sequences in a batch.",
+    "understudy_batch_tokens": "Tokens in a batch.",
+    "understudy_batch_fill": "Tokens in a batch as a share of the token budget.",
+    "understudy_run_seconds": "Time of one run of the graph.",
+    "understudy_post_seconds": "Time after the graph: pooling and delivery.",
+    "understudy_tokens_total": "Tokens run.",
+    "understudy_sequences_total": "Sequences run.",
+    "understudy_rejections_total": "Requests refused before they ran, by reason; model is empty where none was found yet.",
+    "understudy_skips_total": "Sequences dropped while a batch was built: their caller had left, or their deadline had passed.",
+    "understudy_model_ready": "1 while a model version answers.",
+}
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._calls = self._counter("understudy_calls_total", ("method", "code"))
+        self._errors = self._counter("understudy_errors_total", ("method", "reason"))
+        self._call_seconds = self._histogram("understudy_call_seconds", ("method",), _SECONDS)
+        self.calls_active = self._gauge("understudy_calls_active", ())
+        self._queue_depth = self._gauge("understudy_queue_depth", _MODEL)
+        self._queue_wait = self._histogram("understudy_queue_wait_seconds", _MODEL, _SECONDS)
+        self._batch_sequences = self._histogram("understudy_batch_sequences", _MODEL, _COUNTS)
+        self._batch_tokens = self._histogram("understudy_batch_tokens", _MODEL, _TOKENS)
+        self._batch_fill = self._histogram("understudy_batch_fill", _MODEL, _FILL)
+        self._run = self._histogram("understudy_run_seconds", _MODEL, _SECONDS)
+        self._post = self._histogram("understudy_post_seconds", _MODEL, _SECONDS)
+        self._tokens = self._counter("understudy_tokens_total", _MODEL)
+        self._sequences = self._counter("understudy_sequences_total", _MODEL)
+        self._rejections = self._counter("understudy_rejections_total", ("model", "reason"))
+        self._skips = self._counter("understudy_skips_total", ("model", "reason"))
+        self._ready = self._gauge("understudy_model_ready", _MODEL)
+        self._children: dict[tuple[object, ...], Any] = {}
+
+    def _counter(self, name: str, labels: Sequence[str]) -> Counter:
+        return Counter(name, NAMES[name], labels, registry=self.registry)
+
+    def _gauge(self, name: str, labels: Sequence[str]) -> Gauge:
+        return Gauge(name, NAMES[name], labels, registry=self.registry)
+
+    def _histogram(self, name: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, NAMES[name], labels, buckets=buckets, registry=self.registry)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """`metric.labels(...)`, looked up once: it takes a lock and builds a tuple of strings at every call."""
+        key = (id(metric), *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+    def call_done(self, method: str, code: str, seconds: float) -> None:
+        """A call has been answered. `method` comes from the contracts, never from the wire."""
+        self._child(self._calls, method, code).inc()
+        self._child(self._call_seconds, method).observe(seconds)
+
+    def call_failed(self, method: str, reason: str) -> None:
+        """A call got an error, with this value of ErrorReason."""
+        self._child(self._errors, method, reason).inc()
+
+    def batch_done(
+        self, model: str, version: str, sequences: int, tokens: int, fill: float, queue_waits_s: Sequence[float], run_s: float, post_s: float
+    ) -> None:
+        """A batch has run; `fill` is its share of the token budget."""
+        self._child(self._batch_sequences, model, version).observe(sequences)
+        self._child(self._batch_tokens, model, version).observe(tokens)
+        self._child(self._batch_fill, model, version).observe(fill)
+        self._child(self._run, model, version).observe(run_s)
+        self._child(self._post, model, version).observe(post_s)
+        self._child(self._tokens, model, version).inc(tokens)
+        self._child(self._sequences, model, version).inc(sequences)
+        wait = self._child(self._queue_wait, model, version)
+        for seconds in queue_waits_s:
+            wait.observe(seconds)
+
+    def rejected(self, model: str, reason: str) -> None:
+        """A request was refused before it ran."""
+        self._child(self._rejections, model, reason).inc()
+
+    def skipped(self, model: str, reason: str) -> None:
+        """A sequence was dropped while a batch was built."""
+        self._child(self._skips, model, reason).inc()
+
+    def queue_depth(self, model: str, depth: int, version: str = "") -> None:
+        """Sequences that wait now."""
+        self._child(self._queue_depth, model, version).set(depth)
+
+    def model_ready(self, model: str, version: str, ready: bool) -> None:
+        """A model version began or ceased to answer."""
+        self._child(self._ready, model, version).set(1 if ready else 0)
+
+    def serve(self, host: str, port: int) -> tuple[Any, Thread]:
+        """Starts the HTTP page /metrics on a thread; `server.shutdown()` ends it. Raises InvalidArgument where the port is taken."""
+        try:
+            return start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise InvalidArgument(
+                f"the metrics page cannot listen on {host}:{port}: {error}. Set server.metrics_port to a free port, or to 0 to turn it off.",
+                field="server.metrics_port",
+            ) from error
