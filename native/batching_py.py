@@ -102,7 +102,8 @@ class BatchQueue:
         expired = [e for line in self._lines for e in line.values() if 0 < e.deadline_ns <= now_ns]
         self._remove(expired)
         order = sorted(
-            (e for line in self._lines for e in line.values()), key=lambda e: (self._effective(e, now_ns), e.arrival_ns, e.priority, e.ticket)
+            (e for line in self._lines for e in line.values()),
+            key=lambda e: (self._effective(e, now_ns), e.arrival_ns, e.priority, e.ticket),
         )
         choose = self._choose_padded if self._padded else self._choose_packed
         chosen = choose(order, now_ns, token_budget, max_sequences) if max_sequences > 0 else []
@@ -241,7 +242,13 @@ def pool(hidden: Float32, begins: Int32, ends: Int32, specs: Int32, out: Float32
 
 
 def _check_pool(hidden: Float32, begins: Int32, ends: Int32, specs: Int32, out: Float32) -> None:
-    for array, kind, ndim in ((hidden, np.float32, 2), (begins, np.int32, 1), (ends, np.int32, 1), (specs, np.int32, 2), (out, np.float32, 2)):
+    for array, kind, ndim in (
+        (hidden, np.float32, 2),
+        (begins, np.int32, 1),
+        (ends, np.int32, 1),
+        (specs, np.int32, 2),
+        (out, np.float32, 2),
+    ):
         if array.dtype != kind or array.ndim != ndim or not array.flags.c_contiguous:
             raise ValueError(f"expected a contiguous {np.dtype(kind).name} array of {ndim} dimensions")
     count = len(begins)
