@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.gc_collector import GCCollector
@@ -15,6 +15,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from server.errors import InvalidArgument
+from server.runtime.observer import BatchReport
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -38,8 +39,17 @@ NAMES = {
     "understudy_sequences_total": "Sequences run.",
     "understudy_rejections_total": "Requests refused before they ran, by reason; model is empty where none was found yet.",
     "understudy_skips_total": "Sequences dropped while a batch was built: their caller had left, or their deadline had passed.",
+    "understudy_run_failures_total": "Runs of a graph that failed, by reason.",
     "understudy_model_ready": "1 while a model version answers.",
 }
+
+
+class Counts(NamedTuple):
+    """A model version's own counts since it was first loaded; `queued` is of all versions."""
+
+    queued: int
+    sequences: int
+    batches: int
 
 
 class Metrics:
@@ -54,7 +64,7 @@ class Metrics:
         self._errors = self._counter("understudy_errors_total", ("method", "reason"))
         self._call_seconds = self._histogram("understudy_call_seconds", ("method",), _SECONDS)
         self.calls_active = self._gauge("understudy_calls_active", ())
-        self._queue_depth = self._gauge("understudy_queue_depth", _MODEL)
+        self._queue_depth = self._gauge("understudy_queue_depth", ("model",))
         self._queue_wait = self._histogram("understudy_queue_wait_seconds", _MODEL, _SECONDS)
         self._batch_sequences = self._histogram("understudy_batch_sequences", _MODEL, _COUNTS)
         self._batch_tokens = self._histogram("understudy_batch_tokens", _MODEL, _TOKENS)
@@ -66,6 +76,9 @@ class Metrics:
         self._rejections = self._counter("understudy_rejections_total", ("model", "reason"))
         self._skips = self._counter("understudy_skips_total", ("model", "reason"))
         self._ready = self._gauge("understudy_model_ready", _MODEL)
+        self._run_failures = self._counter("understudy_run_failures_total", ("model", "reason"))
+        self._done: dict[tuple[str, str], tuple[int, int]] = {}  # sequences and batches; one engine thread writes an entry
+        self._waiting: dict[str, int] = {}
         self._children: dict[tuple[object, ...], Any] = {}
 
     def _counter(self, name: str, labels: Sequence[str]) -> Counter:
@@ -94,32 +107,42 @@ class Metrics:
         """A call got an error, with this value of ErrorReason."""
         self._child(self._errors, method, reason).inc()
 
-    def batch_done(
-        self, model: str, version: str, sequences: int, tokens: int, fill: float, queue_waits_s: Sequence[float], run_s: float, post_s: float
-    ) -> None:
-        """A batch has run; `fill` is its share of the token budget."""
-        self._child(self._batch_sequences, model, version).observe(sequences)
-        self._child(self._batch_tokens, model, version).observe(tokens)
-        self._child(self._batch_fill, model, version).observe(fill)
-        self._child(self._run, model, version).observe(run_s)
-        self._child(self._post, model, version).observe(post_s)
-        self._child(self._tokens, model, version).inc(tokens)
-        self._child(self._sequences, model, version).inc(sequences)
+    def counts(self, model: str, version: str) -> Counts:
+        """What GetStatus shows of a model version."""
+        return Counts(self._waiting.get(model, 0), *self._done.get((model, version), (0, 0)))
+
+    def batch_done(self, batch: BatchReport) -> None:
+        """A batch has run."""
+        model, version = batch.model, batch.version
+        self._child(self._batch_sequences, model, version).observe(batch.sequences)
+        self._child(self._batch_tokens, model, version).observe(batch.tokens)
+        self._child(self._batch_fill, model, version).observe(batch.fill)
+        self._child(self._run, model, version).observe(batch.run_s)
+        self._child(self._post, model, version).observe(batch.post_s)
+        self._child(self._tokens, model, version).inc(batch.tokens)
+        self._child(self._sequences, model, version).inc(batch.sequences)
         wait = self._child(self._queue_wait, model, version)
-        for seconds in queue_waits_s:
+        for seconds in batch.queue_waits_s:
             wait.observe(seconds)
+        before = self._done.get((model, version), (0, 0))
+        self._done[model, version] = (before[0] + batch.sequences, before[1] + 1)
 
     def rejected(self, model: str, reason: str) -> None:
         """A request was refused before it ran."""
         self._child(self._rejections, model, reason).inc()
 
-    def skipped(self, model: str, reason: str) -> None:
-        """A sequence was dropped while a batch was built."""
-        self._child(self._skips, model, reason).inc()
+    def skipped(self, model: str, reason: str, count: int) -> None:
+        """Sequences left the queue without being run."""
+        self._child(self._skips, model, reason).inc(count)
 
-    def queue_depth(self, model: str, depth: int, version: str = "") -> None:
+    def run_failed(self, model: str, reason: str) -> None:
+        """A run of the graph failed."""
+        self._child(self._run_failures, model, reason).inc()
+
+    def queue_depth(self, model: str, waiting: int) -> None:
         """Sequences that wait now."""
-        self._child(self._queue_depth, model, version).set(depth)
+        self._waiting[model] = waiting
+        self._child(self._queue_depth, model).set(waiting)
 
     def model_ready(self, model: str, version: str, ready: bool) -> None:
         """A model version began or ceased to answer."""
