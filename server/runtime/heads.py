@@ -73,6 +73,7 @@ class HeadSpec(_Part):
     multi_label: bool = False
     temperature: float = Field(default=1.0, gt=0.0, le=1e6, allow_inf_nan=False)
     metrics: dict[str, float] = {}
+    calibration: dict[str, Any] = {}  # server.quality.calibration.Calibration.to_json(); empty: not measured, so it may not answer callers
     lineage: dict[str, Any] = {}
     license: str = ""
     created: str = ""  # RFC 3339
