@@ -6,7 +6,9 @@ that float32 has; quantized outputs follow the formulas of the operators (round 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from math import erf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ class Quantized:
 
 
 def prologue(x: Floats, row_scale: Floats | None, bias: Floats | None) -> NDArray[np.float64]:
-    """x [T, C] * row_scale [T] + bias [C], either of which may be absent."""
+    """Gives x [T, C] * row_scale [T] + bias [C], either of which may be absent."""
     value = x.astype(np.float64)
     if row_scale is not None:
         value = value * row_scale[:, None]
@@ -35,7 +37,7 @@ def prologue(x: Floats, row_scale: Floats | None, bias: Floats | None) -> NDArra
 
 
 def quantize(w: NDArray[np.float64], mult: Floats, zero_point: int = 128, per_row: bool = False) -> Quantized:
-    """w [T, C], mult [C] -> u8. Static: rint(w * mult) + zero_point; per row: the largest |w * mult| of a row becomes 127."""
+    """Makes w [T, C] u8 by mult [C]. Static: rint(w * mult) + zero_point; per row: the largest |w * mult| of a row becomes 127."""
     scaled = w * mult
     scale = None
     if per_row:
@@ -58,14 +60,14 @@ def packed_attention(
     num_heads: int,
     scale: float = 0.0,
 ) -> NDArray[np.float64]:
-    """qkv [T, 3H] (Q | K | V, head-major) -> [T, H]; full attention inside each sequence; rel_bias [heads, 2R - 1] by clamped k - q."""
+    """Maps qkv [T, 3H] (Q | K | V, head-major) -> [T, H]; attention inside each sequence; rel_bias [heads, 2R - 1] by clamped k - q."""
     value = prologue(qkv, row_scale, bias)
     tokens, columns = value.shape
     hidden = columns // 3
     dim = hidden // num_heads
     q, k, v = (part.reshape(tokens, num_heads, dim).transpose(1, 0, 2) for part in np.split(value, 3, axis=1))
     out = np.zeros((num_heads, tokens, dim))
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in itertools.pairwise(cu_seqlens):
         if start == end:
             continue
         rows = slice(start, end)
@@ -104,12 +106,8 @@ def add_norm(
     return _normalise(v, gamma, beta, epsilon, rms)
 
 
-def bias_gelu(
-    x: Floats, row_scale: Floats | None = None, bias: Floats | None = None, *, approximate: bool = False
-) -> NDArray[np.float64]:
+def bias_gelu(x: Floats, row_scale: Floats | None = None, bias: Floats | None = None, *, approximate: bool = False) -> NDArray[np.float64]:
     """GELU of prologue(x): by erf, or with `approximate` by tanh."""
-    from math import erf
-
     v = prologue(x, row_scale, bias)
     if approximate:
         return np.asarray(0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))))

@@ -40,7 +40,7 @@ def library_path() -> Path:
 
 @functools.cache
 def isa_name() -> str:
-    """The instruction set whose build runs here: avx512vnni, avx2 or base; FailedPrecondition when UNDERSTUDY_KERNEL_ISA asks for another."""
+    """The build that runs here: avx512vnni, avx2 or base; FailedPrecondition when UNDERSTUDY_KERNEL_ISA asks for one that cannot."""
     library = ctypes.CDLL(str(library_path()))
     library.us_isa_name.restype = ctypes.c_char_p
     name = str(library.us_isa_name().decode())
@@ -68,8 +68,8 @@ def describe() -> dict[str, str]:
     return {"isa": isa_name(), "path": str(library_path()), "ort": str(ort.import_ort().__version__)}
 
 
-def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], **attributes: int | float) -> bytes:
-    """A model of one operator whose inputs are `feeds` in order (None: absent); an output named "q" is u8, "" is left out."""
+def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], attributes: Mapping[str, float]) -> bytes:
+    """A model of one operator whose inputs are `feeds` in order (None: absent); an output named "q" is u8, all others are float32."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -79,11 +79,7 @@ def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: 
         for name, value in feeds.items()
         if value is not None
     ]
-    results = [
-        helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, [None] * (1 if name == "out_scale" else 2))
-        for name in outputs
-        if name
-    ]
+    results = [helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, None) for name in outputs]
     graph = helper.make_graph([node], op, inputs, results)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, OPSET)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -91,7 +87,7 @@ def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: 
 
 
 def run_op(
-    op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], threads: int = 1, **attributes: int | float
+    op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], attributes: Mapping[str, float], threads: int = 1
 ) -> list[NDArray[Any]]:
     """Runs one operator in a session of its own and returns `outputs` in order."""
     from server.runtime import ort
@@ -101,10 +97,9 @@ def run_op(
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     register(options)
-    session = onnxruntime.InferenceSession(
-        single_op_model(op, feeds, outputs, **attributes), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run([name for name in outputs if name], {name: value for name, value in feeds.items() if value is not None}))
+    model = single_op_model(op, feeds, outputs, attributes)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return list(session.run(outputs, {name: value for name, value in feeds.items() if value is not None}))
 
 
 def _expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> None:
@@ -137,7 +132,7 @@ def self_test() -> None:
     row_scale, bias, wide, gamma, beta = abs(floats(tokens)) + 0.5, floats(columns), floats(3 * columns), floats(columns), floats(columns)
     rel_bias, word, position, kind = floats(heads, 9), floats(11, columns), floats(30, columns), floats(2, columns)
     ids, positions, kinds = (random.integers(0, high, tokens) for high in (11, 30, 2))
-    cases: list[tuple[str, Feeds, dict[str, int | float], Callable[[], NDArray[np.float64]]]] = [
+    cases: list[tuple[str, Feeds, dict[str, float], Callable[[], NDArray[np.float64]]]] = [
         (
             "PackedAttention",
             {"x": qkv, "cu": cu, "row_scale": row_scale, "bias": wide, "rel_bias": rel_bias},
@@ -161,10 +156,10 @@ def self_test() -> None:
     mult = (abs(floats(columns)) + 0.5) * 30
     for op, feeds, attributes, twin in cases:
         expected = twin()
-        _expect_close(op, run_op(op, feeds, ["y"], **attributes)[0], expected, 5e-6)
+        _expect_close(op, run_op(op, feeds, ["y"], attributes)[0], expected, 5e-6)
         leading = ["y"] if op in ("AddNorm", "EmbedNorm") else []
         quantized = {**feeds, "mult": mult}
-        static = run_op(op + "Q", quantized, [*leading, "q"], zero_point=120, **attributes)
+        static = run_op(op + "Q", quantized, [*leading, "q"], {**attributes, "zero_point": 120})
         _expect_quantized(op + "Q", static[len(leading) :], twins.quantize(expected, mult, 120))
-        per_row = run_op(op + "Q", quantized, [*leading, "q", "out_scale"], per_row=1, **attributes)
+        per_row = run_op(op + "Q", quantized, [*leading, "q", "out_scale"], {**attributes, "per_row": 1})
         _expect_quantized(op + "Q", per_row[len(leading) :], twins.quantize(expected, mult, per_row=True))
