@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from understudy.oip import open_inference_pb2 as pb
 
 from server.api import wire
 from server.errors import InvalidArgument, InvalidTensor, RequestTooLarge, Unimplemented
+from understudy.oip import open_inference_pb2 as pb
 
 Array = npt.NDArray[Any]
 Buffer = bytes | memoryview

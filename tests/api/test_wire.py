@@ -10,10 +10,10 @@ import grpc
 import pytest
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
-from understudy.v1 import inference_service_pb2 as pb
 
 from server.api import wire
 from server.errors import InvalidArgument, UnderstudyError
+from understudy.v1 import inference_service_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 TEXTS = b"\x12\x02ok"  # EmbedRequest.texts, once
