@@ -21,20 +21,21 @@ from server.runtime.graphs.writer import QuantizedProduct
 TINY = np.float32(1e-8)
 ALPHAS: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CLIPS: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6)
-WEIGHT_CLIPS: Sequence[float] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Above 1 the steps are wider than the range needs, and fewer pairs come near their bound.
+WEIGHT_CLIPS: Sequence[float] = (0.7, 0.85, 1.0, 1.15, 1.3, 1.4, 1.5, 1.6, 1.75, 2.0)
 # Scales per row cost the producing operator a pass for the maximum and its reader a multiplication, so they must win by this much.
-ROW_MUST_WIN = 0.85
+ROW_MUST_WIN = 0.5
 PAIR = 128
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The form chosen for a product. `error`: ||y_int8 - y||^2 / ||y||^2 on the calibration rows; `product` None means fp32."""
+    """The form chosen for a product: "static" or "row". `error`: ||y_int8 - y||^2 / ||y||^2 on the calibration rows."""
 
     form: str
     error: float
     alpha: float
-    product: QuantizedProduct | None
+    product: QuantizedProduct
 
 
 @dataclass(frozen=True)
