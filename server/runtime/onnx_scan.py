@@ -87,7 +87,7 @@ class _Scanner:
             shift += 7
             if shift > 63:
                 self.reject("a number is longer than 10 bytes; it is no valid protobuf")
-        self.reject("it ends in the middle of a number; it is truncated or no protobuf")
+        return self.reject("it ends in the middle of a number; it is truncated or no protobuf")
 
     def fields(self, at: int, end: int) -> Iterator[_Field]:
         while at < end:

@@ -125,7 +125,9 @@ def test_what_is_absent_is_named_with_its_neighbours(repository: Repository, sou
         repository.remove("all-minilm", "9")
 
 
-@pytest.mark.parametrize("name", ["", "../x", "/etc", "a/b", "a\0b", ".hidden", "UPPER", "x" * 129, "x" * 1_000_000, "ünder", "a\n", "adapters", None, 7])
+@pytest.mark.parametrize(
+    "name", ["", "../x", "/etc", "a/b", "a\0b", ".hidden", "UPPER", "x" * 129, "x" * 1_000_000, "ünder", "a\n", "adapters", None, 7]
+)
 def test_names_that_are_none_never_reach_the_disk(tmp_path: Path, name: Any) -> None:
     repository = Repository(tmp_path / "absent")
     for call in (repository.open, repository.remove, repository.versions, repository.verify):
@@ -345,7 +347,9 @@ def test_hostile_graphs(tmp_path: Path, model: onnx.ModelProto, says: str) -> No
 def test_functions_of_the_model_itself_are_no_custom_library(tmp_path: Path) -> None:
     model = custom("local", "Twice")
     model.functions.append(
-        helper.make_function("local", "Twice", ["a", "b"], ["c"], [helper.make_node("Mul", ["a", "b"], ["c"])], [helper.make_opsetid("", 20)])
+        helper.make_function(
+            "local", "Twice", ["a", "b"], ["c"], [helper.make_node("Mul", ["a", "b"], ["c"])], [helper.make_opsetid("", 20)]
+        )
     )
     assert ("local", "Twice") in scan_onnx(save(tmp_path, model)).functions
 
@@ -387,7 +391,10 @@ def header(content: dict[str, Any], payload: bytes = b"") -> bytes:
         struct.pack("<Q", 9) + b"not json!",
         header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 80]}}, b"\0" * 8),
         header({"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]}}, b"\0" * 8),
-        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, b"\0" * 12),
+        header(
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+            b"\0" * 12,
+        ),
         header({"w": {"dtype": "PICKLE", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
     ],
 )
@@ -397,7 +404,9 @@ def test_hostile_safetensors(repository: Repository, source: Path, data: bytes) 
         repository.add(source, "m", fields=RAW)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[" * 200_000, b'{"version":"1.0","model":{"type":"Nope"}}', b"\xff\xff", b"null", b'"' + b"x" * 1000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[" * 200_000, b'{"version":"1.0","model":{"type":"Nope"}}', b"\xff\xff", b"null", b'"' + b"x" * 1000]
+)
 def test_hostile_tokenizers(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
