@@ -27,10 +27,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 
-# Build requirements go into the environment itself, so that extensions are rebuilt in place without a download.
+# Build requirements go into the environment itself, so that extensions are rebuilt in place without a download. They are named again beside the
+# product, so that one resolution covers both (grpcio-tools holds protobuf below 7).
+BUILD_NEEDS := "setuptools>=77" "Cython>=3.1,<4" "grpcio-tools==1.81.1" "googleapis-common-protos>=1.66"
 $(VENV)/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q "setuptools>=77" "Cython>=3.1,<4" "grpcio-tools==1.81.1" "googleapis-common-protos>=1.66"
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[starter,learn]"
+	$(BIN)/python -m pip install -q $(BUILD_NEEDS)
+	$(BIN)/python -m pip install -q --no-build-isolation $(BUILD_NEEDS) -e ".[starter,learn]"
 	@touch $@ $(VENV)/.proto $(VENV)/.native
 
 $(VENV)/.proto: $(PROTOS) $(VENV)/.serve
@@ -91,7 +93,7 @@ $(TOOLS)/bin/%: | $(BIN)/python
 	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
 GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
-GO_vegeta  := github.com/tsenart/vegeta/v12@v12.12.0
+GO_hey     := github.com/rakyll/hey@v0.1.4
 
 sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and UBSan with fuzzed shapes.
 	$(BIN)/python -m tests.native.sanitize
@@ -100,7 +102,7 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 bench: bench-serve  ## All measurements.
 
-bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz $(TOOLS)/bin/vegeta  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
+bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz $(TOOLS)/bin/hey  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
 
 wheel: $(READY) $(VENV)/.dev  ## Builds the wheel into dist/.

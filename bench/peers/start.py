@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import BUILD, ROOT, Load, free_port, ghz, vegeta
+from bench.harness import BUILD, ROOT, Load, free_port, ghz, hey
 
 HERE = Path(__file__).resolve().parent
 PINS = ["onnxruntime==1.31.1", "tokenizers", "numpy"]
@@ -81,7 +81,12 @@ def litserve() -> Iterator[Any]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _process([str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: _answers(f"{url}/health"), BUILD / "litserve.log"):
-        yield lambda texts, concurrency, seconds: vegeta(f"{url}/predict", [{"text": t} for t in texts], concurrency=concurrency, seconds=seconds)
+
+        def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
+            middle = sorted(texts, key=len)[len(texts) // 2]
+            return hey(f"{url}/predict", {"text": middle}, concurrency=concurrency, seconds=seconds)
+
+        yield load
 
 
 @contextlib.contextmanager
