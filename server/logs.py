@@ -42,8 +42,8 @@ def configure(config: LogConfig, stream: IO[str] | None = None) -> None:
 
 
 def get(name: str) -> structlog.typing.FilteringBoundLogger:
-    """A logger whose lines carry `logger=name`."""
-    return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(logger=name))
+    """A logger whose lines carry `part=name`."""
+    return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(part=name))
 
 
 def is_json(config: LogConfig, out: IO[str]) -> bool:

@@ -16,6 +16,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from server.errors import InvalidArgument
 from server.runtime.observer import BatchReport
+from server.runtime.observer import BatchReport
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -113,19 +114,19 @@ class Metrics:
 
     def batch_done(self, batch: BatchReport) -> None:
         """A batch has run."""
-        model, version = batch.model, batch.version
-        self._child(self._batch_sequences, model, version).observe(batch.sequences)
-        self._child(self._batch_tokens, model, version).observe(batch.tokens)
-        self._child(self._batch_fill, model, version).observe(batch.fill)
-        self._child(self._run, model, version).observe(batch.run_s)
-        self._child(self._post, model, version).observe(batch.post_s)
-        self._child(self._tokens, model, version).inc(batch.tokens)
-        self._child(self._sequences, model, version).inc(batch.sequences)
-        wait = self._child(self._queue_wait, model, version)
+        labels = (batch.model, batch.version)
+        self._child(self._batch_sequences, *labels).observe(batch.sequences)
+        self._child(self._batch_tokens, *labels).observe(batch.tokens)
+        self._child(self._batch_fill, *labels).observe(batch.fill)
+        self._child(self._run, *labels).observe(batch.run_s)
+        self._child(self._post, *labels).observe(batch.post_s)
+        self._child(self._tokens, *labels).inc(batch.tokens)
+        self._child(self._sequences, *labels).inc(batch.sequences)
+        wait = self._child(self._queue_wait, *labels)
         for seconds in batch.queue_waits_s:
             wait.observe(seconds)
-        before = self._done.get((model, version), (0, 0))
-        self._done[model, version] = (before[0] + batch.sequences, before[1] + 1)
+        before = self._done.get(labels, (0, 0))
+        self._done[labels] = (before[0] + batch.sequences, before[1] + 1)
 
     def rejected(self, model: str, reason: str) -> None:
         """A request was refused before it ran."""

@@ -60,10 +60,6 @@ class HealthServicer:
             raise NotFound(f"no service is called {request.service[:200]!r}; {near_names(request.service[:200], list(self._status))}")
         return pb.HealthCheckResponse(status=found)
 
-    async def List(self, _request: object, _context: Context) -> pb.HealthListResponse:
-        """All services' statuses."""
-        return pb.HealthListResponse(statuses={name: pb.HealthCheckResponse(status=found) for name, found in self._status.items()})
-
     async def Watch(self, request: pb.HealthCheckRequest, _context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
         """A service's status now and after every change, until the server drains."""
         changed = asyncio.Event()

@@ -1,0 +1,97 @@
+"""The command `understudy`. Sub-commands import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from server.errors import UnderstudyError
+
+# Command groups that live in modules of their own, imported when they are named: (module, attribute, help).
+_LAZY = {
+    "models": ("server.commands.models", "app", "The model repository: pull, add, export, list, verify, remove, bench."),
+    "train": ("server.commands.train", "app", "Train a skill's student from what the lake holds."),
+}
+
+
+class _Group(TyperGroup):
+    """Knows the lazy groups by name and help, and loads one only to run it."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_LAZY]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, attribute, text = _LAZY[cmd_name]
+        if "--help" in sys.argv and cmd_name not in sys.argv[1:]:
+            return TyperCommand(cmd_name, help=text)
+        return typer.main.get_command(getattr(import_module(module), attribute))
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A gRPC inference server whose local models learn to replace the API models that you pay for.",
+)
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="TOML file; else UNDERSTUDY_CONFIG, else understudy.toml here.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting, e.g. --set runtime.threads=2; repeatable.")]
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    models: Annotated[str | None, typer.Option(help="Model repository.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Starts the server; SIGTERM drains it."""
+    from server.commands.serve import serve as run
+
+    raise typer.Exit(run(config, _flags(settings, {"server.host": host, "server.port": port, "models.path": models})))
+
+
+@app.command()
+def doctor(config: ConfigOption = None, settings: SetOption = None) -> None:
+    """Checks this machine and configuration: kernels, ONNX Runtime, repository, ports. Exit code 1 where something is wrong."""
+    from server.commands.doctor import doctor as run
+
+    raise typer.Exit(run(config, _flags(settings, {})))
+
+
+@app.command()
+def version() -> None:
+    """Prints the release."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("understudy-server"))
+
+
+def _flags(settings: list[str] | None, named: dict[str, object]) -> dict[str, object]:
+    flags: dict[str, object] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} has no value; expected section.key=value", param_hint="--set")
+        flags[key.strip()] = value
+    return {**flags, **{key: value for key, value in named.items() if value is not None}}
+
+
+def main() -> None:
+    """Entry point: an error of ours is one readable paragraph and exit code 1."""
+    try:
+        app()
+    except UnderstudyError as error:
+        print(f"understudy: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Verified files to something that answers: session, tokenizer, engine, and one run to warm them up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from server.core import Call, Task
+from server.errors import ModelRejected
+from server.runtime.encoder import EncoderModel
+from server.runtime.engine import Engine, GraphForm
+from server.runtime.observer import Observer
+from server.runtime.queue import QueueLimits
+from server.runtime.repository import ModelFiles
+from server.runtime.runtime import InThread, Loader, Served
+from server.runtime.sessions import Session, Sessions, SessionSettings, release_memory
+from server.runtime.tokenizers import TextTokenizer
+from server.runtime.worker import EngineSettings
+
+if TYPE_CHECKING:
+    from server.config import RuntimeConfig
+    from server.runtime.tensor_engine import TensorEngine
+
+
+def make_loader(config: RuntimeConfig, observer: Observer) -> Loader:
+    """A loader whose sessions share one thread pool; `observer` hears from every engine that it makes."""
+    sessions = Sessions(SessionSettings(threads=config.threads, providers=tuple(config.execution_providers)))
+    limits = QueueLimits(max_sequences=config.queue_sequences, max_tokens=config.queue_tokens)
+    settings = EngineSettings(limits=limits)
+    if config.token_budget:
+        settings = EngineSettings(token_budget=config.token_budget, limits=limits)
+
+    async def load(files: ModelFiles, in_thread: InThread) -> Served:
+        session = await in_thread(lambda: sessions.open(files.model))
+        model = LoadedModel(session)
+        try:
+            await model.build(files, in_thread, settings, observer)
+        except BaseException:
+            await model.close(drain=False)
+            raise
+        return model
+
+    return load
+
+
+class LoadedModel:
+    """One version in memory: its session, and the engines that share it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._engine: Engine | None = None
+        self._tensors: TensorEngine | None = None
+        self.encoder: EncoderModel | None = None
+
+    @property
+    def tensors(self) -> TensorEngine:
+        """The same graph for raw tensors."""
+        assert self._tensors is not None, "built with the model"
+        return self._tensors
+
+    async def build(self, files: ModelFiles, in_thread: InThread, settings: EngineSettings, observer: Observer) -> None:
+        """Makes the engines and runs the smallest input once. Raises ModelRejected."""
+        manifest = files.manifest
+        if manifest.form == "tensor" or manifest.task is Task.TENSOR:
+            return
+        path = files.tokenizer
+        if path is None:
+            raise ModelRejected(
+                f"model {manifest.name!r} version {manifest.version} has no tokenizer.json; expected one for {manifest.task.value}.",
+                model=manifest.name,
+            )
+        tokenizer = await in_thread(
+            lambda: TextTokenizer.load(path, max_tokens=manifest.max_tokens, token_types=manifest.token_types)
+        )
+        self._engine = Engine(self._session, GraphForm.of(manifest), settings, observer)
+        self.encoder = EncoderModel(manifest, tokenizer, self._engine)
+        probe = tokenizer.tokens(tokenizer.encode(["warm"])[0])
+        output = await self._engine.run([probe.encoded], Call("warm-up"))
+        if isinstance(output.rows[0], Exception):
+            raise ModelRejected(f"model {manifest.name!r} fails on a first text: {output.rows[0]}", model=manifest.name)
+
+    async def close(self, drain: bool) -> None:
+        """Finishes accepted work if `drain`, stops the threads, drops the session and gives its memory back."""
+        if self._engine is not None:
+            await self._engine.close(drain=drain)
+        self._session.close()
+        self.encoder = self._engine = self._tensors = None
+        await asyncio.to_thread(release_memory)
