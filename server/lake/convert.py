@@ -1,6 +1,6 @@
 """`python -m server.lake.convert <lake>`: turns the sealed log segments of a lake into Parquet, once, and ends.
 
-A process of its own: pyarrow and deltalake take 60 MB and their work takes the interpreter lock, which the serving process has better uses for.
+A process of its own: pyarrow and deltalake take 60 MB, and their work takes the interpreter lock that the serving process needs.
 Prints one JSON object: rows committed, by table.
 """
 

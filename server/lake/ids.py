@@ -1,7 +1,7 @@
 """Interaction ids that prove themselves: feedback on an id that was never given out is refused without a look-up.
 
-An id is 20 bytes in base32: 48 bits of milliseconds, 48 random bits, and 64 bits of BLAKE2b keyed with a secret of the lake. Every replica on one
-lake shares the key, so that any of them can take the feedback, however old the interaction is.
+An id is 20 bytes in base32: 48 bits of milliseconds, 48 random bits, and 64 bits of BLAKE2b keyed with a secret of the lake. Every
+replica on one lake shares the key, so that any of them can take the feedback, however old the interaction is.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from server.lake.table import log_folder
 
 # A power cut loses at most the last so many seconds; a killed process loses nothing.
 SYNC_S = 1.0
-CONVERT_TIMEOUT_S = 600.0
+CONVERT_TIMEOUT_S = 120.0
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Lake:
         return True
 
     def close(self) -> None:
-        """Seals and converts what is left; waits for it, for CONVERT_TIMEOUT_S at most. What could not be converted is taken up at the next start."""
+        """Seals and converts what is left, and waits for it. What could not be converted is taken up at the next start."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,8 +1,8 @@
 """An append-only log of records in segment files: what has been appended survives `kill -9`.
 
-A segment is a magic number and then records, each `<u32 length><u32 crc32(payload)><payload>`, little-endian; a payload is a JSON object in UTF-8.
-`<id>.open` is being written and locked (flock) by its writer; `<id>.sealed` is complete, synced and waits to become Parquet. A segment whose
-writer died is recovered by whoever looks next: its torn tail is cut off, and it is sealed.
+A segment is a magic number and then records, each `<u32 length><u32 crc32(payload)><payload>`, little-endian; a payload is a JSON object
+in UTF-8. `<id>.open` is being written and locked (flock) by its writer; `<id>.sealed` is complete, synced and waits to become Parquet.
+A segment whose writer died is recovered by whoever looks next: its torn tail is cut off, and it is sealed.
 
 Appending is one write() into the page cache; fsync, sealing and closing happen in `tick`, on the thread of the owner's choice.
 """
@@ -74,12 +74,10 @@ def recover(folder: Path) -> list[Path]:
                 continue
             if not path.exists():  # its writer sealed it between the listing and the lock
                 continue
-            end = len(MAGIC)
-            records = 0
-            for _, end in read_payloads(path):
-                records += 1
+            ends = [end for _, end in read_payloads(path)]
+            end = ends[-1] if ends else 0
             size = os.fstat(fd).st_size
-            if not records:
+            if not ends:
                 path.unlink()
                 continue
             if size > end:

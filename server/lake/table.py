@@ -1,7 +1,7 @@
 """Sealed log segments become rows of a Delta table, each segment exactly once, and are then dropped.
 
-A Parquet file that the table's log does not name is invisible, so a death at any point leaves either the segment or the commit, or both; the
-segment's id is recorded in the commit as an application transaction, and a segment whose id the table already holds is dropped unread.
+A Parquet file that the table's log does not name is invisible, so a death at any point leaves either the segment or the commit, or both;
+the segment's id is recorded in the commit as an application transaction, and a segment whose id the table already holds is dropped unread.
 """
 
 from __future__ import annotations
@@ -125,21 +125,19 @@ def _commit(lake: Path, table: str, segments: list[Path]) -> int:
         )
     for path in segments:
         path.unlink(missing_ok=True)
-    return data.num_rows
+    return int(data.num_rows)
 
 
 def _intact(path: Path) -> list[dict[str, Any]]:
     """The records before the first damage. A sealed segment has none; where a disk made some, the file is kept for a person to look at."""
-    records = []
-    end = 0
-    for payload, end in log.read_payloads(path):
-        records.append(json.loads(payload))
+    intact = list(log.read_payloads(path))
+    end = intact[-1][1] if intact else 0
     if end < path.stat().st_size:
         damaged = path.with_suffix(".damaged")
         if not damaged.exists():
             os.link(path, damaged)
         _log.error("log segment %s is damaged after byte %d; kept it as %s", path.name, end, damaged.name)
-    return records
+    return [json.loads(payload) for payload, _ in intact]
 
 
 def _keep_rejected(lake: Path, table: str, segment: str, records: list[Any]) -> None:

@@ -33,9 +33,9 @@ class Completion:
 class Provider(Protocol):
     """A client of one vendor. Used on one event loop; any number of calls at once.
 
-    `complete` waits for its turn (`max_concurrent`), repeats what is safe to repeat, and ends before `deadline` (monotonic seconds) come what may.
-    It repeats a request only where the vendor has certainly not charged for it: refused (429), failed (5xx) or never connected; a request
-    that was sent and not answered in time is not sent again.
+    `complete` waits for its turn (`max_concurrent`), repeats what is safe to repeat, and ends before `deadline` (monotonic seconds)
+    come what may. It repeats a request only where the vendor has certainly not charged for it: refused (429), failed (5xx) or never
+    connected; a request that was sent and not answered in time is not sent again.
     """
 
     name: str

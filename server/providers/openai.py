@@ -62,7 +62,8 @@ class OpenAIProvider:
         """See Provider."""
         limit = self._config.max_concurrent * _WAITING_PER_SLOT
         if self._waiting >= limit:
-            raise Overloaded(f"{limit} requests wait for the provider {self.name} already. Try again later.", retry_after_s=1.0, limit=limit)
+            message = f"{limit} requests wait for the provider {self.name} already. Try again later."
+            raise Overloaded(message, retry_after_s=1.0, limit=limit)
         self._waiting += 1
         try:
             async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0.0)), self._slots:
@@ -193,4 +194,4 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _backoff(attempt: int) -> float:
     """Full jitter over an interval that doubles."""
-    return random.uniform(0.5, 1.0) * min(_FIRST_DELAY_S * 2 ** (attempt - 1), _LONGEST_DELAY_S)
+    return random.uniform(0.5, 1.0) * min(_FIRST_DELAY_S * 2.0 ** (attempt - 1), _LONGEST_DELAY_S)

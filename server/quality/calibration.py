@@ -1,9 +1,10 @@
 """From a classifier's probabilities to a calibrated probability that its best label is acceptable.
 
 Platt's method (Platt 1999) on two features, the log-odds of the best label and its log-ratio to the second, under a ceiling:
-quality = ceiling * sigmoid(weights . features + bias). What is acceptable is judged by a teacher that errs too, so even the surest answers agree with it
-only so often; without the ceiling the sure ones are promised more than they keep and the middle less. Fitted by Fisher scoring with a small
-ridge, so that a perfect student does not send the weights to infinity. The parameters travel in the adapter's manifest.
+quality = ceiling * sigmoid(weights . features + bias). What is acceptable is judged by a teacher that errs too, so even the surest
+answers agree with it only so often; without the ceiling the sure ones are promised more than they keep and the middle less. Fitted by
+Fisher scoring with a small ridge, so that a perfect student does not send the weights to infinity. The parameters travel in the
+adapter's manifest.
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ class Candidate(Protocol):
         """Whether nothing is paid and nothing leaves the machine."""
         ...
 
-    def answers(self, texts: Sequence[str], call: Call, timings: Timings, max_cost: int | None) -> AsyncIterator[tuple[int, Answer | Failure]]:
+    def answers(
+        self, texts: Sequence[str], call: Call, timings: Timings, max_cost: int | None
+    ) -> AsyncIterator[tuple[int, Answer | Failure]]:
         """Each item's index once, in any order, as soon as it is known; the stages of local work are merged into `timings`.
 
         `max_cost` is the most that one item may cost, in 1e-6 US dollars. Raises only Cancelled and programming errors.
@@ -104,8 +106,8 @@ class LocalStudent:
         share = Usage(embedded.usage.input // max(len(rows), 1))
         for index, row in enumerate(embedded.items):
             if isinstance(row, Exception):
-                error = row if isinstance(row, UnderstudyError) else ProviderUnavailable("the base failed on this item")
-                yield index, Failure(error)
+                assert isinstance(row, UnderstudyError), row
+                yield index, Failure(row)
         names = head.manifest.labels
         for index, scores, quality in zip(rows, probabilities, qualities, strict=True):
             order = np.argsort(-scores, kind="stable")
@@ -170,7 +172,8 @@ class Teacher:
     def _read(self, completion: Completion, elapsed_s: float) -> Answer | Failure:
         label = self._labels.get(normalised(label_of(completion.text)))
         if label is None:
-            message = f"{self.name} answered with something that is none of the skill's {len(self._labels)} labels. Sharpen the instruction."
+            what = f"something that is none of the skill's {len(self._labels)} labels"
+            message = f"{self.name} answered with {what}. Sharpen the instruction."
             return Failure(ProviderUnavailable(message), usage=completion.usage, cost_micro_usd=completion.cost_micro_usd)
         return Answer(
             # A provider gives one label and no score; 1 says only that it chose it.

@@ -1,6 +1,7 @@
 """Decides who answers each item of a skill's request, asks them in order, and keeps the story.
 
-The order is the student, then the teacher; an answer is delivered when its quality reaches the skill's bar or when its candidate sets the standard.
+The order is the student, then the teacher; an answer is delivered when its quality reaches the skill's bar, or when its candidate sets
+the standard.
 Every item becomes an interaction in the lake before the caller has its answer, the unanswered and the cancelled ones too.
 """
 

@@ -31,7 +31,7 @@ class Skill:
 
     @property
     def teacher(self) -> str:
-        """ "provider/model", or empty."""
+        """As the configuration says it, "provider/model", or empty."""
         return f"{self.provider}/{self.teacher_model}" if self.provider else ""
 
 
@@ -105,7 +105,8 @@ def read_skill(name: str, config: SkillConfig) -> Skill:
     """A skill as it is configured. Raises InvalidArgument, naming the setting."""
     place = f"skills.{name}"
     if config.task is not Task.TEXT_CLASSIFICATION:
-        message = f"{place}.task is {config.task.value}; skills do text-classification. Call local models of other tasks by their own methods."
+        what = f"{place}.task is {config.task.value}; skills do text-classification"
+        message = f"{what}. Call local models of other tasks by their own methods."
         raise InvalidArgument(message, field=f"{place}.task")
     labels = config.read_labels()
     if len(labels) < 2:
