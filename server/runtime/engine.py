@@ -101,7 +101,7 @@ class Engine(Worker[_Item, FloatArray]):
 
     @property
     def session(self) -> Session:
-        """The loaded graph, for raw use; open until `close`."""
+        """The loaded graph."""
         return self._session
 
     async def run(self, sequences: Sequence[Encoded], call: Call, pool: Pool | None = None) -> EngineOutput:

@@ -116,7 +116,7 @@ class Sessions:
         self._share_pool(ort)
         options = ort.SessionOptions()
         options.use_per_session_threads = False
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised with their text; fatal ones alone are printed
         if _uses_our_operators(path):
             from server.runtime import kernels
 

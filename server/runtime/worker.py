@@ -39,12 +39,13 @@ class EngineSettings:
 class Flight(Generic[P, R]):
     """A call's pieces on their way through batches. `rows`, `left`, `timings` and `done` belong to the event loop."""
 
-    __slots__ = ("abandoned", "arrival", "call", "done", "left", "loop", "pieces", "rows", "timings")
+    __slots__ = ("abandoned", "arrival", "call", "done", "left", "loop", "pieces", "rows", "sizes", "timings")
 
-    def __init__(self, pieces: Sequence[P], call: Call) -> None:
+    def __init__(self, pieces: Sequence[P], sizes: Sequence[int], call: Call) -> None:
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.pieces = pieces
+        self.sizes = sizes
         self.call = call
         self.abandoned = False
         self.rows: list[R | UnderstudyError | None] = [None] * len(pieces)
@@ -68,7 +69,7 @@ Piece = tuple[Flight[P, R], int]
 
 @dataclass(slots=True)
 class Outcome(Generic[R]):
-    """One row or error a piece, in the batch's order, and what the run cost: `tokens` with padding, seconds."""
+    """One row or error a piece, in the batch's order, and what the run cost: `tokens` with padding (0: no tokens), seconds."""
 
     rows: Sequence[R | UnderstudyError]
     tokens: int
@@ -77,7 +78,7 @@ class Outcome(Generic[R]):
 
 
 class Worker(ABC, Generic[P, R]):
-    """A model's queue and thread. It owns its session: `close` drops it."""
+    """A model's queue and thread. The session belongs to who opened it, and must stay open until `close` has returned."""
 
     def __init__(
         self, name: str, version: str, session: Session, settings: EngineSettings, observer: Observer | None, *, padded: bool = False
@@ -107,7 +108,7 @@ class Worker(ABC, Generic[P, R]):
         Raises DeadlineExceeded, Overloaded, Draining, RequestTooLarge. When the awaiting task is cancelled, what waits is withdrawn, and
         a run in progress is ended if it works for nobody else.
         """
-        flight: Flight[P, R] = Flight(pieces, call)
+        flight: Flight[P, R] = Flight(pieces, sizes, call)
         if not pieces:
             return flight
         if call.deadline is not None and call.deadline <= flight.arrival:
@@ -127,16 +128,12 @@ class Worker(ABC, Generic[P, R]):
         return flight
 
     async def close(self, *, drain: bool = True) -> None:
-        """Refuses new calls; with `drain` finishes the accepted ones, without it fails those that wait; then drops the session.
-
-        `sessions.release_memory` afterwards returns the memory to the system.
-        """
+        """Refuses new calls; with `drain` finishes the accepted ones, without it fails those that wait; returns once the thread ended."""
         left = self._queue.close(drain=drain)
         if left:
             error = Draining(f"model {self.name!r} was stopped before this call ran; send it again, to another replica if there is one")
             self._fail({flight for flight, _ in left}, error)
         await asyncio.to_thread(self._thread.join)
-        self._session.close()
 
     def _abandon(self, flight: Flight[P, R], tickets: Sequence[int]) -> None:
         flight.abandoned = True
@@ -211,14 +208,15 @@ class Worker(ABC, Generic[P, R]):
         timings = Timings(run=outcome.run_s, post=outcome.post_s)
         for loop, done in groups.items():
             _call_soon(loop, partial(_arrive, done, timings, began, now))
-        self._queue.rate.record(outcome.tokens, now - began)
+        cost = sum(flight.sizes[index] for flight, index in batch)
+        self._queue.rate.record(cost, now - began)
         self._observer.batch_done(
             BatchReport(
                 model=self.name,
                 version=self.version,
                 sequences=len(batch),
                 tokens=outcome.tokens,
-                fill=outcome.tokens / self.settings.token_budget,
+                fill=max(cost, outcome.tokens) / self.settings.token_budget,
                 queue_waits_s=[began - flight.arrival for flight, _ in batch],
                 run_s=outcome.run_s,
                 post_s=outcome.post_s,
