@@ -83,6 +83,8 @@ class LoadedModel:
         """Finishes accepted work if `drain`, stops the threads, drops the session and gives its memory back."""
         if self._engine is not None:
             await self._engine.close(drain=drain)
+        if self._tensors is not None:
+            await self._tensors.close(drain=drain)
         self._session.close()
         self.encoder = self._engine = self._tensors = None
         await asyncio.to_thread(release_memory)
