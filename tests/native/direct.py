@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
@@ -56,7 +57,7 @@ class Refused(Exception):
 
 
 def library() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(kernels.library_path()))
+    loaded = ctypes.CDLL(os.environ.get("UNDERSTUDY_TEST_KERNELS") or str(kernels.library_path()))
     loaded.us_isa_list.restype = c_char_p
     return loaded
 

@@ -13,6 +13,7 @@ import pytest
 
 from server.errors import FailedPrecondition
 from server.runtime import kernels
+from tests.native import sanitize
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDER = "1.24.1"
@@ -61,6 +62,18 @@ def test_the_self_test_passes_on_an_older_onnx_runtime() -> None:
     code = "from server.runtime import kernels as k; k.self_test(); print(k.describe()['ort'])"
     done = run_python(code, PYTHONPATH=str(folder))
     assert done.stdout.strip() == OLDER, done.stderr
+
+
+def test_the_kernels_are_right_with_the_widest_vectors_on_any_processor() -> None:
+    wide = sanitize.build("wide.so", [], ["-O2", "-fPIC", "-shared", *sanitize.WIDTHS["16 lanes"]])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/native/test_kernels.py", "-k", "base"]
+    environment = {**os.environ, "UNDERSTUDY_TEST_KERNELS": str(wide), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_the_sanitizers_find_nothing() -> None:
+    sanitize.main(rounds=60, widths={"8 lanes": sanitize.WIDTHS["8 lanes"]})
 
 
 # An OrtApiBase as ONNX Runtime 1.16 has it: version 17 is unknown, version 1 can make a status.

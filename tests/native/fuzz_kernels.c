@@ -1,0 +1,112 @@
+/* Calls every operator with random shapes and hostile values. Each buffer is a heap block of exactly its size, so that AddressSanitizer sees
+ * the first float read or written past an end. Usage: fuzz_kernels <seed> <rounds> */
+#include "../../native/kernels/ops.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *us_direct_attention(const char *, const us_attention_args *);
+const char *us_direct_norm(const char *, const us_norm_args *);
+const char *us_direct_gelu(const char *, const us_gelu_args *);
+const char *us_direct_embed(const char *, const us_embed_args *);
+
+static uint64_t state;
+static void *blocks[64];
+static int block_count;
+
+static int64_t upto(int64_t limit) { /* 0 .. limit - 1 */
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (int64_t)((state >> 33) % (uint64_t)limit);
+}
+
+static void *block(int64_t bytes) {
+    void *p = malloc((size_t)bytes);
+    return blocks[block_count++] = p;
+}
+
+static void release(void) {
+    while (block_count) free(blocks[--block_count]);
+}
+
+static float *floats(int64_t n) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 3.4e38f, -3.4e38f, 1e-45f, 0.0f, -0.0f};
+    float *p = block(n * (int64_t)sizeof(float));
+    const int hostile = upto(4) == 0;
+    for (int64_t i = 0; i < n; i++) p[i] = hostile && upto(8) == 0 ? odd[upto(8)] : (float)(upto(2001) - 1000) / 250.0f;
+    return p;
+}
+
+static float *maybe(int64_t n) { return upto(2) ? floats(n) : NULL; }
+
+static us_quant quantized(int64_t rows, int64_t cols) {
+    us_quant q = {.mult = floats(cols), .q = block(rows * cols), .per_row = (int32_t)upto(2)};
+    q.scale = q.per_row ? block(rows * (int64_t)sizeof(float)) : NULL;
+    q.zero_point = q.per_row ? 128 : (int32_t)upto(256);
+    return q;
+}
+
+static int64_t *ids(int64_t n, int64_t limit) {
+    int64_t *p = block(n * 8);
+    for (int64_t i = 0; i < n; i++) p[i] = upto(400) ? upto(limit) : upto(2) ? limit : INT64_MIN;
+    return p;
+}
+
+static void attend(void) {
+    const int64_t dim = upto(3) ? 32 << upto(2) : 1 + upto(256), heads = 1 + upto(3), hidden = dim * heads, sequences = upto(20) ? upto(12) : upto(2000);
+    int32_t *cu = block((sequences + 1) * 4);
+    cu[0] = 0;
+    for (int64_t s = 0; s < sequences; s++) cu[s + 1] = cu[s] + (int32_t)(sequences > 12 ? upto(3) : upto(4) ? upto(40) : upto(300));
+    us_attention_args a = {.tokens = cu[sequences], .sequences = sequences, .hidden = hidden, .heads = heads, .cu = cu, .rel_span = 1 + upto(64)};
+    a.qkv = floats(a.tokens * 3 * hidden);
+    a.row_scale = maybe(a.tokens), a.bias = maybe(3 * hidden), a.rel_bias = maybe(heads * (2 * a.rel_span - 1));
+    if (sequences && upto(10) == 0) cu[upto(sequences + 1)] += (int32_t)upto(9) - 4; /* most of these must be refused, none may be followed */
+    if (upto(2))
+        a.out = block(a.tokens * hidden * 4);
+    else
+        a.quant = quantized(a.tokens, hidden);
+    us_direct_attention(NULL, &a);
+}
+
+static void norm(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(700);
+    us_norm_args a = {.rows = rows, .cols = cols, .x = floats(rows * cols), .row_scale = maybe(rows), .bias = maybe(cols), .residual = maybe(rows * cols),
+                      .gamma = floats(cols), .beta = maybe(cols), .y = block(rows * cols * 4), .epsilon = 1e-12f, .rms = (int32_t)upto(2)};
+    if (upto(2)) a.quant = quantized(rows, cols);
+    us_direct_norm(NULL, &a);
+}
+
+static void gelu(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(700);
+    us_gelu_args a = {.rows = rows, .cols = cols, .x = floats(rows * cols), .row_scale = maybe(rows), .bias = maybe(cols), .approximate = (int32_t)upto(2)};
+    if (upto(2))
+        a.y = block(rows * cols * 4);
+    else
+        a.quant = quantized(rows, cols);
+    us_direct_gelu(NULL, &a);
+}
+
+static void embed(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(300), words = 1 + upto(50), positions = 1 + upto(50), types = 1 + upto(3);
+    us_embed_args a = {.rows = rows, .cols = cols, .words = words, .max_positions = positions, .type_count = types, .ids = ids(rows, words),
+                       .positions = ids(rows, positions), .types = upto(2) ? ids(rows, types) : NULL, .word = floats(words * cols),
+                       .position = floats(positions * cols), .type = maybe(types * cols), .gamma = floats(cols), .beta = maybe(cols),
+                       .y = block(rows * cols * 4), .epsilon = 1e-12f};
+    if (upto(2)) a.quant = quantized(rows, cols);
+    us_direct_embed(NULL, &a);
+}
+
+int main(int count, char **arguments) {
+    static void (*const calls[])(void) = {attend, norm, gelu, embed};
+    if (count != 3) return 2;
+    state = strtoull(arguments[1], NULL, 10);
+    const long rounds = strtol(arguments[2], NULL, 10);
+    for (long i = 0; i < rounds; i++) {
+        calls[upto(4)]();
+        release();
+    }
+    printf("%ld calls, no finding\n", rounds);
+    return 0;
+}
