@@ -12,7 +12,8 @@ def import_ort() -> ModuleType:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def session_options(threads: int = 0) -> Any:
