@@ -1,0 +1,205 @@
+"""The client for asyncio. `understudy.client` has the same for programs that block."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, Self, TypeVar, Unpack
+
+import grpc
+
+from understudy import calls, convert
+from understudy.calls import Prepared
+from understudy.connection import Tls as Tls
+from understudy.connection import call_metadata, channel_options, with_request_id
+from understudy.errors import UnderstudyError, from_rpc_error
+from understudy.options import AnswerOptions, CallOptions, ClassifyOptions, EmbedOptions, EntityOptions, RerankOptions, RunOptions
+from understudy.results import (
+    Answer,
+    Classification,
+    Embedding,
+    Entity,
+    FloatArray,
+    Model,
+    RankedDocument,
+    Results,
+    RunAnswer,
+    Skill,
+    Status,
+)
+from understudy.retry import RetryPolicy as RetryPolicy
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """One connection to one server, for the event loop that it was made on; `close` it, or use it in an `async with` block.
+
+    Every call raises the classes of `understudy.errors`, DeadlineExceeded after `timeout_s` seconds, all attempts together. `tls` turns
+    encryption on; `api_key` is sent as a bearer token; `metadata` goes with every call.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        tls: Tls | None = None,
+        api_key: str = "",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout_s: float = 60.0,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        options = channel_options(tls)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options)
+        self._metadata = call_metadata(api_key, metadata)
+        self._timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self.models = AsyncModels(self)
+        self.skills = AsyncSkills(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and the calls on it. May be called twice."""
+        await self._channel.close()
+
+    async def embed(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> FloatArray:
+        """Vectors of texts as float32 [n, D], row i for texts[i]. Raises ItemErrors when one has none."""
+        return convert.matrix(await self.embed_each(texts, **options))
+
+    async def embed_each(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Results[Embedding]:
+        """As `embed`, with what else is known: model, tokens, timings, truncation, and with `return_errors` each text's error.
+
+        Vectors are read-only views of the response: copy one to keep it longer than the rest.
+        """
+        return await self._send(calls.embed(texts, dict(options)))
+
+    async def classify(self, inputs: Sequence[str | tuple[str, str]], **options: Unpack[ClassifyOptions]) -> Results[Classification]:
+        """Classes of texts, or of (text, pair) tuples, best first."""
+        return await self._send(calls.classify(inputs, dict(options)))
+
+    async def rerank(self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]) -> Results[RankedDocument]:
+        """Documents by their relevance to the query, best first; those that failed come last."""
+        return await self._send(calls.rerank(query, documents, dict(options)))
+
+    async def extract_entities(self, texts: Sequence[str], **options: Unpack[EntityOptions]) -> Results[tuple[Entity, ...]]:
+        """Named things in texts, in order of appearance."""
+        return await self._send(calls.extract_entities(texts, dict(options)))
+
+    async def answer_questions(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> Results[tuple[Answer, ...]]:
+        """Answers to (question, context) pairs, best first for each."""
+        return await self._send(calls.answer_questions(pairs, dict(options)))
+
+    async def answer_question(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answer:
+        """The best answer to one question."""
+        return (await self._send(calls.answer_questions([(question, context)], dict(options))))[0][0]
+
+    async def run(self, skill: str, inputs: Sequence[convert.RunInput], **options: Unpack[RunOptions]) -> Results[RunAnswer]:
+        """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages."""
+        return await self._send(calls.run(skill, inputs, dict(options)))
+
+    async def feedback(
+        self,
+        interaction_id: str,
+        *,
+        rating: int | None = None,
+        thumb: Literal["up", "down"] | None = None,
+        correction: str | None = None,
+        comment: str = "",
+        **options: Unpack[CallOptions],
+    ) -> str:
+        """Says something of an answer; returns the feedback's id. `rating` is 1 to 5."""
+        said = {"rating": rating, "thumb": thumb, "correction": correction, "comment": comment}
+        return await self._send(calls.feedback(interaction_id, said, dict(options)))
+
+    async def status(self, **options: Unpack[CallOptions]) -> Status:
+        """How the server is doing."""
+        return await self._send(calls.status(dict(options)))
+
+    async def _send(self, prepared: Prepared[T]) -> T:
+        end = time.monotonic() + (self._timeout_s if prepared.timeout_s is None else prepared.timeout_s)
+        metadata = with_request_id(self._metadata, prepared.request_id)
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(prepared.method)
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                data: bytes = await method(prepared.request, timeout=max(0.0, end - time.monotonic()), metadata=metadata)
+            except grpc.aio.AioRpcError as raised:
+                error: UnderstudyError = from_rpc_error(raised)
+            else:
+                return prepared.read(data)
+            delay = self._retry.delay(error, attempt, end - time.monotonic())
+            if delay is None:
+                raise error
+            await asyncio.sleep(delay)
+
+
+class AsyncModels:
+    """The server's local models."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self, *, task: str = "", loaded_only: bool = False, **options: Unpack[CallOptions]) -> list[Model]:
+        """All versions in the repository, by name and version."""
+        found: list[Model] = []
+        token = ""
+        while True:
+            page = await self._client._send(calls.list_models(task, loaded_only, token, dict(options)))
+            found += page.items
+            token = page.next_token
+            if not token:
+                return found
+
+    async def get(self, name: str, version: str = "", **options: Unpack[CallOptions]) -> Model:
+        """One version; the current one without `version`."""
+        return await self._client._send(calls.get_model(name, version, dict(options)))
+
+    async def load(self, name: str, version: str = "", *, replace: bool = False, **options: Unpack[CallOptions]) -> Model:
+        """Verifies and loads a version (the newest without `version`) and makes it current; `replace` then unloads the others."""
+        return await self._client._send(calls.load_model(name, version, replace, dict(options)))
+
+    async def unload(
+        self, name: str, version: str = "", *, grace_s: float | None = None, **options: Unpack[CallOptions]
+    ) -> Sequence[Model]:
+        """Lets a version (all without `version`) finish what it has accepted and frees its memory."""
+        return await self._client._send(calls.unload_model(name, version, grace_s, dict(options)))
+
+    async def delete(self, name: str, version: str, **options: Unpack[CallOptions]) -> None:
+        """Deletes a version that is not loaded."""
+        await self._client._send(calls.delete_model(name, version, dict(options)))
+
+
+class AsyncSkills:
+    """The skills that can be run."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self, **options: Unpack[CallOptions]) -> list[Skill]:
+        """All skills by name."""
+        found: list[Skill] = []
+        token = ""
+        while True:
+            page = await self._client._send(calls.list_skills(token, dict(options)))
+            found += page.items
+            token = page.next_token
+            if not token:
+                return found
+
+    async def get(self, name: str, **options: Unpack[CallOptions]) -> Skill:
+        """One skill."""
+        return await self._client._send(calls.get_skill(name, dict(options)))
+
+
+__all__ = ["AsyncClient", "RetryPolicy", "Tls"]

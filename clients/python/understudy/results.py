@@ -1,0 +1,237 @@
+"""What calls return. Offsets are Unicode code points, end exclusive; times are seconds; money is US dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from understudy.errors import UnderstudyError
+
+FloatArray = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds in each stage; of a batch, the slowest item's."""
+
+    queue: float = 0.0
+    tokenize: float = 0.0
+    run: float = 0.0
+    post: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and written."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Results(Sequence[T], Generic[T]):
+    """One entry an item, in the order of the request. Taking an entry that failed raises its error; `errors` has those by index.
+
+    `model` and `version` say who answered; `usage` and `timings` are the whole call's.
+    """
+
+    items: Sequence[T | UnderstudyError]
+    model: str = ""
+    version: str = ""
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def errors(self) -> Mapping[int, UnderstudyError]:
+        """Errors by index; empty when all went well."""
+        return {i: item for i, item in enumerate(self.items) if isinstance(item, UnderstudyError)}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[T]:
+        return (self._value(item) for item in self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self._value(item) for item in self.items[index]]
+        return self._value(self.items[index])
+
+    @staticmethod
+    def _value(item: T | UnderstudyError) -> T:
+        if isinstance(item, UnderstudyError):
+            raise item
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A class and its score in [0, 1]."""
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """A text's vector, float32 [D]. `truncated`: the text was cut, as asked."""
+
+    vector: FloatArray
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """Classes, best first."""
+
+    labels: tuple[Label, ...]
+    truncated: bool = False
+
+    @property
+    def best(self) -> Label:
+        """The class with the highest score."""
+        return self.labels[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """A document's place: `index` in the request; `score` in [0, 1] for cross-encoders, a cosine for embedding models."""
+
+    index: int
+    score: float
+    document: str = ""
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A named thing: text[start:end]."""
+
+    label: str
+    score: float
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A span of the context; an empty text means that it holds no answer."""
+
+    text: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """A candidate that was asked, what came of it, and why."""
+
+    candidate: str
+    outcome: str
+    reason: str
+    quality: float | None
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunAnswer:
+    """A skill's answer with its story. `interaction_id` names it in feedback; `quality` is the probability that it is acceptable."""
+
+    text: str
+    labels: tuple[Label, ...]
+    skill: str
+    candidate: str
+    local: bool
+    hops: tuple[Hop, ...]
+    rollout_stage: str
+    quality: float | None
+    cost_usd: float
+    usage: Usage
+    interaction_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A version of a model in the server's repository. `state`: "unloaded", "loading", "ready", "unloading", "failed"."""
+
+    name: str
+    version: str
+    task: str
+    state: str
+    state_message: str
+    current: bool
+    architecture: str
+    dtype: str
+    max_tokens: int
+    hidden_size: int
+    labels: tuple[str, ...]
+    size_bytes: int
+    license: str
+    source: str
+    load_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """A named job. `student_*` are empty while nothing local answers for it."""
+
+    name: str
+    task: str
+    instruction: str
+    labels: tuple[str, ...]
+    teacher: str
+    base: str
+    deliver_bar: float
+    student_adapter: str
+    student_version: str
+    student_accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory and its queue."""
+
+    model: Model
+    queued_sequences: int
+    answered_sequences: int
+    batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkillCounts:
+    """What became of a skill's items since the server started."""
+
+    skill: str
+    requests: int
+    local: int
+    failed: int
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the server is doing."""
+
+    server_version: str
+    start_time: datetime | None
+    uptime_s: float
+    draining: bool
+    kernel_isa: str
+    onnxruntime_version: str
+    resident_bytes: int
+    models: tuple[LoadedModel, ...]
+    skills: tuple[SkillCounts, ...]
