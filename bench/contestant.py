@@ -79,32 +79,31 @@ class Raw:
 
 
 class EngineAlone:
-    """Our engine, no gRPC, texts as they come, as many in flight as a busy server has."""
+    """Our engine, no gRPC, texts as they come, 8 callers with 32 texts each."""
 
     def __init__(self, model: str) -> None:
-        from server.config import ModelsConfig, RuntimeConfig
-        from server.runtime.repository import Repository
-        from server.runtime.runtime import Runtime
+        from tokenizers import Tokenizer
 
+        from server.runtime.engine import Engine, GraphForm
+        from server.runtime.repository import Repository
+        from server.runtime.sessions import Sessions, SessionSettings
+
+        files = Repository(ROOT / "models").open(model)
+        self.tokenizer = Tokenizer.from_file(str(files.tokenizer))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(512)
         self.loop = asyncio.new_event_loop()
-        self.runtime = Runtime(Repository(ROOT / "models"), settings=RuntimeConfig())
-        del ModelsConfig
-        self.loop.run_until_complete(self.runtime.load(model))
-        self.model = self.runtime.get(model)
+        session = Sessions(SessionSettings()).open(files.model)
+        self.engine = self.loop.run_until_complete(self._open(lambda: Engine(session, GraphForm.of(files.manifest))))
         self.sets: dict[str, list[Any]] = {}
+
+    async def _open(self, make: Any) -> Any:
+        return make()
 
     def load(self, name: str, texts: list[str], batch: int) -> None:
         from server.runtime.engine import Encoded
 
-        encoded = self.model.tokenizer.raw.encode_batch(texts) if hasattr(self.model.tokenizer, "raw") else None
-        if encoded is None:
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(next((ROOT / "models").glob("all-minilm-l6-v2/*/tokenizer.json"))))
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(512)
-            encoded = tokenizer.encode_batch(texts)
-        self.sets[name] = [Encoded(np.asarray(e.ids, np.int64), None) for e in encoded]
+        self.sets[name] = [Encoded(np.asarray(e.ids, np.int64)) for e in self.tokenizer.encode_batch(texts)]
 
     def run(self, name: str, seconds: float, in_flight: int = 8, per_call: int = 32) -> float:
         return float(self.loop.run_until_complete(self._run(self.sets[name], seconds, in_flight, per_call)))
@@ -112,6 +111,7 @@ class EngineAlone:
     async def _run(self, rows: list[Any], seconds: float, in_flight: int, per_call: int) -> float:
         from server.runtime.engine import Pool
 
+        pool = Pool("mean", True)
         position = done = 0
         start = time.perf_counter()
 
@@ -120,7 +120,7 @@ class EngineAlone:
             while time.perf_counter() - start < seconds:
                 chunk = rows[position : position + per_call]
                 position = (position + per_call) % max(1, len(rows) - per_call)
-                await self.model.engine.run(chunk, Call("bench"), Pool("mean", True, None))
+                await self.engine.run(chunk, Call("bench"), pool)
                 done += len(chunk)
 
         await asyncio.gather(*(caller() for _ in range(in_flight)))

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from server.core import Call, Task
 from server.runtime.encoder import EncoderModel
@@ -25,6 +25,7 @@ from server.runtime.manifest import Manifest
 from server.runtime.sessions import Sessions
 from server.runtime.tokenizers import TextTokenizer
 
+T = TypeVar("T")
 ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
 TOLERANCE = 1e-4
@@ -66,8 +67,11 @@ def material(count: int, shared: Path | None = None) -> Material:
     articles = json.loads((data / "xquad" / "xquad.en.json").read_text(encoding="utf-8"))["data"]
     questions = [(qa["question"], p["context"]) for article in articles for p in article["paragraphs"] for qa in p["qas"]]
     topics = _first_column(data / "banking77" / "test.csv")
-    # Spread over the files: the first questions are all on one article.
-    return Material(*(items[:: max(1, len(items) // count)][:count] for items in (topics, sentences, questions)))
+    return Material(_spread(topics, count), _spread(sentences, count), _spread(questions, count))
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def _sentences(lines: Sequence[str]) -> list[list[str]]:
@@ -156,6 +160,8 @@ def make_model(architecture: str, task: Task, labels: Sequence[str], tokenizer: 
         sizes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = transformers.AutoConfig.for_model(architecture, **sizes)
     kinds = {
+        Task.FEATURE_EXTRACTION: transformers.AutoModel,
+        Task.TEXT_RANKING: transformers.AutoModelForSequenceClassification,
         Task.TEXT_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         Task.TOKEN_CLASSIFICATION: transformers.AutoModelForTokenClassification,
         Task.QUESTION_ANSWERING: transformers.AutoModelForQuestionAnswering,
@@ -272,16 +278,15 @@ def _labels(items: Sequence[Any]) -> list[Any]:
 
 
 @asynccontextmanager
-async def served(folder: Path, out: Path, task: Task) -> AsyncIterator[EncoderModel]:
+async def served(folder: Path, out: Path, task: Task, **manifest_fields: Any) -> AsyncIterator[EncoderModel]:
     """The model of `folder` as the server runs it: our graph in fp32, engine and tasks."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = read_checkpoint(folder, task)
     write_graph(checkpoint, {}, out / "model.onnx")
     types = checkpoint.config.token_types > 0
-    labels = list(checkpoint.config.labels)
-    manifest = Manifest(
-        name="parity", version="1", task=task, form="packed", max_tokens=MAX_TOKENS, token_types=types, labels=labels, files={}
-    )
+    fields: dict[str, Any] = {"name": "parity", "version": "1", "task": task, "form": "packed", "files": {}}
+    fields |= {"max_tokens": MAX_TOKENS, "token_types": types, "labels": list(checkpoint.config.labels)}
+    manifest = Manifest(**fields | {"hidden_size": checkpoint.config.hidden} | manifest_fields)
     tokenizer = TextTokenizer.load(folder / "tokenizer.json", max_tokens=MAX_TOKENS, token_types=types)
     session = Sessions().open(out / "model.onnx")
     engine = Engine(session, GraphForm.of(manifest))
