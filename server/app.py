@@ -1,6 +1,6 @@
 """Builds the parts of the serving process, starts them, drains them.
 
-Start: listen first (health NOT_SERVING), then load, so that a probe always finds the server and a service turns SERVING with its first model.
+Start: listen first (health NOT_SERVING), then load: a probe always finds the server, and a service turns SERVING with its first model.
 Stop: health NOT_SERVING -> a moment for watchers -> no new calls, accepted ones finish within `grace_s` -> engines -> lake -> exit.
 """
 
@@ -24,11 +24,14 @@ from server.api.guard import Guard
 from server.api.health import HealthServicer
 from server.api.inference import InferenceServicer
 from server.api.models import ModelServicer
+from server.api.open_inference import SERVICE as OPEN_INFERENCE
+from server.api.open_inference import OpenInferenceServicer
 from server.config import Config, ServerConfig
 from server.core import Task
 from server.errors import InvalidArgument, UnderstudyError
 from server.logs import AccessLog, get
 from server.metrics import Metrics
+from server.parts import build_skills
 from server.runtime.repository import Repository
 from server.runtime.runtime import ModelState, ModelStatus, Runtime
 from server.tracing import make_tracer
@@ -137,20 +140,30 @@ class App:
         from grpc_health.v1 import health_pb2
         from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-        run: Any = None
-        skill_counts: Any = None
-        servicers: list[tuple[ServiceDescriptor, object]] = []
-        inference = InferenceServicer(self.runtime, self.config.models.default, self.config.server.max_items, run)
-        servicers += [
+        config, runtime = self.config, self.runtime
+        skills = await asyncio.to_thread(build_skills, config, runtime)
+        self._closers.append(skills.close)
+        await skills.start()
+        inference = InferenceServicer(runtime, config.models.default, config.server.max_items, skills.run, self._metrics)
+        open_inference = OpenInferenceServicer(
+            runtime,
+            version=stats.server_version(),
+            max_items=config.server.max_items,
+            ready=lambda: not self._guard.draining.is_set(),
+        )
+        servicers: list[tuple[ServiceDescriptor, object]] = [
             (_service("inference_service", "InferenceService"), inference),
-            (_service("model_service", "ModelService"), ModelServicer(self.runtime)),
-            (_service("stats_service", "StatsService"), stats.StatsServicer(self.runtime, self._metrics, self._guard, skill_counts)),
+            (_service("skill_service", "SkillService"), skills.skills),
+            (_service("feedback_service", "FeedbackService"), skills.feedback),
+            (_service("model_service", "ModelService"), ModelServicer(runtime)),
+            (_service("stats_service", "StatsService"), stats.StatsServicer(runtime, self._metrics, self._guard)),
+            (OPEN_INFERENCE, open_inference),
         ]
         names = [descriptor.full_name for descriptor, _ in servicers]
         self._health = HealthServicer(names)
-        self._health.update(self.runtime, skills=bool(self.config.skills))
+        self._health.update(runtime, skills=bool(config.skills))
         operators: list[tuple[ServiceDescriptor, object]] = [(health_pb2.DESCRIPTOR.services_by_name["Health"], self._health)]
-        if self.config.server.reflection:
+        if config.server.reflection:
             shown = [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME]
             operators.append((reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"], reflection.aio.ReflectionServicer(shown)))
         handlers = [wire.handlers(descriptor, servicer, self._guard) for descriptor, servicer in servicers]
@@ -189,7 +202,8 @@ class App:
             except UnderstudyError as error:
                 self._log.error("model not loaded", model=name, version=version or "latest", reason=error.reason, error=error.message)
         if not any(one.state is ModelState.READY for one in self.runtime.loaded()):
-            self._log.warning("no model is loaded", hint="`understudy models pull starter` fetches a first one; then LoadModel or a restart")
+            hint = "`understudy models pull starter` fetches a first one; then LoadModel or a restart"
+            self._log.warning("no model is loaded", hint=hint)
 
     def _wanted_models(self) -> Iterator[tuple[str, str | None]]:
         for entry in self.config.models.load:
@@ -231,7 +245,7 @@ class App:
 
 
 def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
-    """gRPC core's arguments; see https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
+    """Arguments of gRPC's core; see https://grpc.github.io/grpc/core/group__grpc__arg__keys.html."""
     keep = config.keepalive
     options = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -254,4 +268,5 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
 def _service(module: str, name: str) -> ServiceDescriptor:
     from importlib import import_module
 
-    return import_module(f"understudy.v1.{module}_pb2").DESCRIPTOR.services_by_name[name]
+    descriptor: ServiceDescriptor = import_module(f"understudy.v1.{module}_pb2").DESCRIPTOR.services_by_name[name]
+    return descriptor

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from typing import IO, Any, cast
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -17,7 +17,7 @@ _FLUSH_S = 0.05
 _FLUSH_LINES = 512
 
 
-def configure(config: LogConfig, stream: IO[str] | None = None) -> None:
+def configure(config: LogConfig, stream: TextIO | None = None) -> None:
     """Sets structlog up for the process, and sends the standard library's warnings the same way."""
     out = stream or sys.stderr
     level = logging.getLevelNamesMapping()[config.level.upper()]
@@ -35,10 +35,13 @@ def configure(config: LogConfig, stream: IO[str] | None = None) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(out)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=last))
+    foreign = [structlog.stdlib.ExtraAdder(), *shared]
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=foreign, processor=last))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+    for ours in ("server", "native"):
+        logging.getLogger(ours).setLevel(level)
 
 
 def get(name: str) -> structlog.typing.FilteringBoundLogger:
@@ -46,7 +49,7 @@ def get(name: str) -> structlog.typing.FilteringBoundLogger:
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(part=name))
 
 
-def is_json(config: LogConfig, out: IO[str]) -> bool:
+def is_json(config: LogConfig, out: TextIO) -> bool:
     """Whether lines are for machines."""
     return config.format == "json" or (config.format == "auto" and not out.isatty())
 
@@ -54,7 +57,7 @@ def is_json(config: LogConfig, out: IO[str]) -> bool:
 class AccessLog:
     """One line a call. Lines wait at most 50 ms for one write together; used on the event loop alone."""
 
-    def __init__(self, config: LogConfig, stream: IO[str] | None = None) -> None:
+    def __init__(self, config: LogConfig, stream: TextIO | None = None) -> None:
         self._out = stream or sys.stderr
         self._json = is_json(config, self._out)
         self._on = config.access and config.level in ("debug", "info")

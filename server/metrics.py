@@ -16,7 +16,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 from server.errors import InvalidArgument
 from server.runtime.observer import BatchReport
-from server.runtime.observer import BatchReport
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -41,6 +40,8 @@ NAMES = {
     "understudy_rejections_total": "Requests refused before they ran, by reason; model is empty where none was found yet.",
     "understudy_skips_total": "Sequences dropped while a batch was built: their caller had left, or their deadline had passed.",
     "understudy_run_failures_total": "Runs of a graph that failed, by reason.",
+    "understudy_skill_items_total": "Items of skills, by who answered: local, provider, nobody.",
+    "understudy_skill_cost_usd_total": "What providers cost, in US dollars, by skill.",
     "understudy_model_ready": "1 while a model version answers.",
 }
 
@@ -51,6 +52,15 @@ class Counts(NamedTuple):
     queued: int
     sequences: int
     batches: int
+
+
+class SkillCounts(NamedTuple):
+    """What became of a skill's items since the start; `cost` in millionths of one US dollar."""
+
+    requests: int
+    local: int
+    failed: int
+    cost: int
 
 
 class Metrics:
@@ -79,6 +89,9 @@ class Metrics:
         self._ready = self._gauge("understudy_model_ready", _MODEL)
         self._run_failures = self._counter("understudy_run_failures_total", ("model", "reason"))
         self._done: dict[tuple[str, str], tuple[int, int]] = {}  # sequences and batches; one engine thread writes an entry
+        self._skill_items = self._counter("understudy_skill_items_total", ("skill", "answered_by"))
+        self._skill_cost = self._counter("understudy_skill_cost_usd_total", ("skill",))
+        self.skills: dict[str, SkillCounts] = {}
         self._waiting: dict[str, int] = {}
         self._children: dict[tuple[object, ...], Any] = {}
 
@@ -107,6 +120,15 @@ class Metrics:
     def call_failed(self, method: str, reason: str) -> None:
         """A call got an error, with this value of ErrorReason."""
         self._child(self._errors, method, reason).inc()
+
+    def skill_done(self, skill: str, requests: int, local: int, failed: int, cost: int) -> None:
+        """A call of Run has been answered; `cost` in millionths of one US dollar. On the event loop alone."""
+        before = self.skills.get(skill, SkillCounts(0, 0, 0, 0))
+        now = (requests, local, failed, cost)
+        self.skills[skill] = SkillCounts(*(old + new for old, new in zip(before, now, strict=True)))
+        for who, count in (("local", local), ("provider", requests - local - failed), ("nobody", failed)):
+            self._child(self._skill_items, skill, who).inc(count)
+        self._child(self._skill_cost, skill).inc(cost / 1e6)
 
     def counts(self, model: str, version: str) -> Counts:
         """What GetStatus shows of a model version."""
@@ -154,7 +176,5 @@ class Metrics:
         try:
             return start_http_server(port, addr=host, registry=self.registry)
         except OSError as error:
-            raise InvalidArgument(
-                f"the metrics page cannot listen on {host}:{port}: {error}. Set server.metrics_port to a free port, or to 0 to turn it off.",
-                field="server.metrics_port",
-            ) from error
+            message = f"the metrics page cannot listen on {host}:{port}: {error}. Set server.metrics_port to a free port, or to 0 for none."
+            raise InvalidArgument(message, field="server.metrics_port") from error

@@ -9,7 +9,8 @@ from server.api import calls, convert
 from server.api.status import to_status
 from server.api.wire import Context
 from server.core import Results, Task
-from server.errors import InvalidArgument, ModelNotLoaded, RequestTooLarge, Unimplemented
+from server.errors import InvalidArgument, ModelNotLoaded, RequestTooLarge
+from server.metrics import Metrics
 from server.runtime.runtime import Runtime
 from server.runtime.tasks.zero_shot import DEFAULT_TEMPLATE
 from understudy.v1 import inference_pb2 as items
@@ -37,18 +38,20 @@ class RunsSkills(Protocol):
 class InferenceServicer:
     """Edges only: limits and names here, the work in `EncoderModel`. `defaults`: the model of a task for calls that name none."""
 
-    def __init__(self, runtime: Runtime, defaults: Mapping[Task, str], max_items: int, run: RunsSkills | None = None) -> None:
+    def __init__(self, runtime: Runtime, defaults: Mapping[Task, str], max_items: int, run: RunsSkills, metrics: Metrics) -> None:
         self._runtime = runtime
         self._defaults = defaults
         self._max_items = max_items
         self._run = run
+        self._metrics = metrics
 
     async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
         """Runs a skill."""
-        if self._run is None:
-            raise Unimplemented("this server runs no skills; configure one under [skills.<name>].")
-        self._check(request.inputs, "inputs")
-        return await self._run.Run(request, context)
+        response = await self._run.Run(request, context)
+        failed = sum(1 for one in response.results if one.HasField("error"))
+        local = sum(1 for one in response.results if one.decision.local and not one.HasField("error"))
+        self._metrics.skill_done(request.skill, len(response.results), local, failed, response.cost.micro_usd)
+        return response
 
     async def Embed(self, request: pb.EmbedRequest, _context: Context) -> bytes:
         """Texts to vectors."""
@@ -97,7 +100,7 @@ class InferenceServicer:
                 field=f"inputs[{paired}].text_pair",
             )
         with self._use(request.model, Task.ZERO_SHOT_CLASSIFICATION) as model:
-            return await model.classify_zero_shot(
+            results: Results[Any] = await model.classify_zero_shot(
                 [one.text for one in request.inputs],
                 request.candidate_labels,
                 call=call,
@@ -106,6 +109,7 @@ class InferenceServicer:
                 truncate=request.truncate,
                 top_k=top_k,
             )
+        return results
 
     async def Rerank(self, request: pb.RerankRequest, _context: Context) -> pb.RerankResponse:
         """Documents by relevance."""
@@ -169,9 +173,8 @@ class InferenceServicer:
         if len(choice) == 1:
             return choice[0]
         if not choice:
-            raise ModelNotLoaded(
-                f"no loaded model does {task.value}; load one with ModelService.LoadModel, or see what there is with ListModels.", task=task.value
-            )
+            message = f"no loaded model does {task.value}; load one with ModelService.LoadModel, or see what there is with ListModels."
+            raise ModelNotLoaded(message, task=task.value)
         names = ", ".join(repr(name) for name in choice[:10])
         raise InvalidArgument(
             f"several loaded models do {task.value}: {names}. Name one in model.name, or configure models.default.", field="model.name"

@@ -166,7 +166,7 @@ def timestamp(ns: int) -> Any:
 
 
 def _seconds(grace: Duration) -> float:
-    seconds = float(grace.seconds) + grace.nanos / 1e9
+    seconds = float(grace.seconds + grace.nanos / 1e9)
     if not 0 <= seconds <= MAX_GRACE_S:
         raise InvalidArgument(f"grace is {seconds:g} s; expected 0 to {MAX_GRACE_S:g} s.", field="grace", limit=f"{MAX_GRACE_S:g}")
     return seconds

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -19,24 +17,13 @@ from server.runtime.runtime import Runtime
 from understudy.v1 import stats_service_pb2 as pb
 
 
-class SkillCounts(NamedTuple):
-    """What became of a skill's items since the start; `cost` in millionths of one US dollar."""
-
-    skill: str
-    requests: int
-    local: int
-    failed: int
-    cost: int
-
-
 class StatsServicer:
-    """Reads what others count. `skills` tells what became of each skill's requests."""
+    """Reads what others count."""
 
-    def __init__(self, runtime: Runtime, metrics: Metrics, guard: Guard, skills: Callable[[], Iterable[SkillCounts]] | None = None) -> None:
+    def __init__(self, runtime: Runtime, metrics: Metrics, guard: Guard) -> None:
         self._runtime = runtime
         self._metrics = metrics
         self._guard = guard
-        self._skills = skills or (lambda: ())
         self._build = kernels.describe()
         self._started_ns = time.time_ns()
         self._started = time.monotonic()
@@ -67,8 +54,8 @@ class StatsServicer:
             resident_bytes=resident_bytes(),
             models=models,
             skills=[
-                pb.SkillStatus(skill=one.skill, requests=one.requests, local=one.local, failed=one.failed, cost_micro_usd=one.cost)
-                for one in self._skills()
+                pb.SkillStatus(skill=name, requests=one.requests, local=one.local, failed=one.failed, cost_micro_usd=one.cost)
+                for name, one in sorted(self._metrics.skills.items())
             ],
         )
 

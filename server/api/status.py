@@ -53,13 +53,14 @@ def trailers(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
     """The trailing metadata that carries the details of `status`."""
     packed = status.SerializeToString()
     if len(packed) > MAX_DETAILS:
-        packed = status_pb2.Status(code=status.code, message=_clip(status.message, MAX_VALUE), details=status.details[:1]).SerializeToString()
+        short = status_pb2.Status(code=status.code, message=_clip(status.message, MAX_VALUE), details=status.details[:1])
+        packed = short.SerializeToString()
     return ((DETAILS_KEY, packed),)
 
 
 def grpc_code(code: int | str) -> grpc.StatusCode:
-    """gRPC's enum member of a canonical code, by name or number."""
-    return grpc.StatusCode[code if isinstance(code, str) else code_pb2.Code.Name(code)]  # type: ignore[arg-type]
+    """The enum member for a canonical code, by name or number."""
+    return grpc.StatusCode[code if isinstance(code, str) else code_pb2.Code.Name(code)]
 
 
 def _add(status: status_pb2.Status, detail: Message) -> None:

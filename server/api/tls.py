@@ -6,6 +6,7 @@ import ssl
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 
@@ -75,4 +76,6 @@ def credentials(config: TlsConfig) -> grpc.ServerCredentials | None:
         files = _Files(config)
     except OSError as error:
         raise InvalidArgument(f"a TLS file cannot be read: {error}. Give the path of a PEM file.", field="server.tls") from error
-    return grpc.dynamic_ssl_server_credentials(files.read(), files.fetch, require_client_authentication=bool(config.client_ca_file))
+    # The stubs leave out that the fetcher may answer None for "as before".
+    mutual = bool(config.client_ca_file)
+    return grpc.dynamic_ssl_server_credentials(files.read(), cast(Any, files.fetch), require_client_authentication=mutual)

@@ -231,10 +231,10 @@ class Runtime:
             self._make_default(record, replace)
         return self._status(record)
 
-    async def unload(self, name: str, version: str | None = None) -> list[ModelStatus]:
+    async def unload(self, name: str, version: str | None = None, *, grace_s: float | None = None) -> list[ModelStatus]:
         """Drains and drops a version (`None`: all of the model's); returns once their memory is given back.
 
-        New calls no longer find it from the first moment; calls that hold it finish, for up to `drain_s`.
+        New calls no longer find it from the first moment; calls that hold it finish, for up to `grace_s` (`None`: `drain_s`).
 
         Raises:
             InvalidArgument, ModelNotFound, VersionNotFound, ModelNotLoaded: as `get`.
@@ -247,7 +247,7 @@ class Runtime:
         records = [record for record in self._records.values() if record.name == name and version in (None, record.version)]
         if not records:
             self._raise_absent(name, version)
-        tasks = [self._retire(record) for record in records]
+        tasks = [self._retire(record, grace_s=grace_s) for record in records]
         await asyncio.gather(*(asyncio.shield(task) for task in tasks))
         return [ModelStatus(r.name, r.version, ModelState.UNLOADED, manifest=r.manifest, requests=r.requests) for r in records]
 
@@ -384,7 +384,7 @@ class Runtime:
             if replace and old is not None and old.state is ModelState.READY:
                 self._retire(old)
 
-    def _retire(self, record: _Record, drain: bool = True) -> asyncio.Task[None]:
+    def _retire(self, record: _Record, drain: bool = True, grace_s: float | None = None) -> asyncio.Task[None]:
         key = (record.name, record.version)
         task = self._retiring.get(key)
         if task is None:
@@ -393,7 +393,7 @@ class Runtime:
             self._pick_default(record.name)
             if not was_failed:
                 self._changed(record)
-            task = self._retiring[key] = asyncio.create_task(self._drop(record, drain), name=f"unload {key[0]}/{key[1]}")
+            task = self._retiring[key] = asyncio.create_task(self._drop(record, drain, grace_s), name=f"unload {key[0]}/{key[1]}")
         return task
 
     def _pick_default(self, name: str) -> None:
@@ -408,13 +408,13 @@ class Runtime:
         else:
             self._defaults.pop(name, None)
 
-    async def _drop(self, record: _Record, drain: bool) -> None:
+    async def _drop(self, record: _Record, drain: bool, grace_s: float | None) -> None:
         key = (record.name, record.version)
         try:
             if drain and record.in_use:
                 record.idle.clear()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(record.idle.wait(), self._drain_s)
+                    await asyncio.wait_for(record.idle.wait(), self._drain_s if grace_s is None else grace_s)
             served, record.served = record.served, None
             if served is not None:
                 await served.close(drain)
