@@ -20,11 +20,16 @@ from server.runtime.graphs.writer import QuantizedProduct
 
 TINY = np.float32(1e-8)
 ALPHAS: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Candidates are compared on this many columns of the product: the error is a mean over columns, and the order of candidates settles early.
+SAMPLE_COLUMNS = 256
 CLIPS: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6)
 # Above 1 the steps are wider than the range needs, and fewer pairs come near their bound.
-WEIGHT_CLIPS: Sequence[float] = (0.7, 0.85, 1.0, 1.15, 1.3, 1.4, 1.5, 1.6, 1.75, 2.0)
+WEIGHT_CLIPS: Sequence[float] = (0.8, 1.0, 1.2, 1.35, 1.5, 1.65, 1.85)
+COARSE_CLIPS: Sequence[float] = (1.0, 1.3, 1.6)
 # Scales per row cost the producing operator a pass for the maximum and its reader a multiplication, so they must win by this much.
-ROW_MUST_WIN = 0.5
+ROW_MUST_WIN = 0.75
+# Rounding the weights one after the other takes time; it is done where their error is more than this share of the activations'.
+COMPENSATE_ABOVE = 0.7
 PAIR = 128
 
 
@@ -34,7 +39,6 @@ class Choice:
 
     form: str
     error: float
-    alpha: float
     product: QuantizedProduct
 
 
@@ -56,25 +60,38 @@ def quantize_product(x: FloatArray, dense: Dense, sample: np.ndarray, forms: Seq
 
     x float32[T, K]: the product's inputs on calibration text. `sample`: indices of the rows on which candidates are compared.
     """
-    high = np.maximum(np.abs(x).max(axis=0), TINY)
+    low, top = x.min(axis=0), x.max(axis=0)
+    high = np.maximum(np.maximum(top, -low), TINY)
     weight_high = np.maximum(np.abs(dense.weight).max(axis=1), TINY)
-    rows = x[sample]
-    want = rows @ dense.weight
-    power = max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
+    columns = slice(None, None, max(1, dense.weight.shape[1] // SAMPLE_COLUMNS))
+    part = np.ascontiguousarray(dense.weight[:, columns])
+    rows, thin = x[sample], x[:: max(1, len(x) // len(sample))]
+    want = rows @ part
+    power = _power(want)
     square = np.square(x).mean(axis=0)
     best: dict[str, tuple[float, float]] = {}
     for alpha in ALPHAS:
         smooth = _smooth(high, weight_high, alpha)
-        weight = dense.weight * smooth[:, None]
-        q, scale = round_weights(weight, square / smooth**2)
+        weight = part * smooth[:, None]
+        q, scale = round_weights(weight, square / smooth**2, COARSE_CLIPS)
         rounded = q * scale
+        smoothed = rows / smooth
         for form in forms:
-            got = _round_rows(rows / smooth, x / smooth if form == "static" else None, weight) @ rounded
-            error = float(np.square(got - want, dtype=np.float64).sum()) / power
+            static = _static(thin / smooth, (low / smooth, top / smooth), weight) if form == "static" else None
+            got = _round_rows(smoothed, static) @ rounded
+            error = _distance(got, want) / power
             if form not in best or error < best[form][0]:
                 best[form] = (error, alpha)
     form = forms[0] if len(forms) == 1 else ("row" if best["row"][0] < ROW_MUST_WIN * best["static"][0] else "static")
-    return _finish(x, dense, _smooth(high, weight_high, best[form][1]), form, best[form][1], sample)
+    return _finish(x, dense, _smooth(high, weight_high, best[form][1]), form, sample)
+
+
+def _distance(got: FloatArray, want: FloatArray) -> float:
+    return float(np.square(got - want, dtype=np.float64).sum())
+
+
+def _power(want: FloatArray) -> float:
+    return max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
 
 
 def _smooth(high: FloatArray, weight_high: FloatArray, alpha: float) -> FloatArray:
@@ -84,20 +101,21 @@ def _smooth(high: FloatArray, weight_high: FloatArray, alpha: float) -> FloatArr
     return np.clip(s, 1e-4, 1e4).astype(np.float32)
 
 
-def _round_rows(rows: FloatArray, all_rows: FloatArray | None, weight: FloatArray) -> FloatArray:
-    """Smoothed rows as int8 gives them back: with static scales from `all_rows`, or with scales per row where that is None."""
-    if all_rows is not None:
-        return _static(all_rows, weight).round(rows)
+def _round_rows(rows: FloatArray, static: _Rows | None) -> FloatArray:
+    """Smoothed rows as int8 gives them back: with static scales, or with scales per row where `static` is None."""
+    if static is not None:
+        return static.round(rows)
     scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), TINY) / 127
     return np.rint(rows / scale) * scale
 
 
-def _static(x: FloatArray, weight: FloatArray) -> _Rows:
-    """Scale and zero point by least error, each channel's weighted by what the weights make of it."""
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+def _static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: FloatArray) -> _Rows:
+    """Scale and zero point by least error on the smoothed rows `thin`, each channel's weighted by what the weights make of it.
+
+    `bounds`: least and greatest value of each channel over all rows.
+    """
+    low, high = min(float(bounds[0].min()), 0.0), max(float(bounds[1].max()), 0.0)
     gain = np.square(weight).sum(axis=1)
-    step = max(1, len(x) // 1024)
-    thin = x[::step]
     best = (np.inf, _Rows(1.0, 128))
     for clip in CLIPS:
         scale = max((high - low) * clip, 1e-20) / 255
@@ -108,12 +126,12 @@ def _static(x: FloatArray, weight: FloatArray) -> _Rows:
     return best[1]
 
 
-def round_weights(weight: FloatArray, importance: FloatArray) -> tuple[np.ndarray, FloatArray]:
+def round_weights(weight: FloatArray, importance: FloatArray, clips: Sequence[float] = WEIGHT_CLIPS) -> tuple[np.ndarray, FloatArray]:
     """Pair-safe s8 weights float32[K, N] (whole numbers) and their scale float32[N], by least error weighted with `importance` float32[K]."""
     high = np.maximum(np.abs(weight).max(axis=0), TINY)
     best_error = np.full(weight.shape[1], np.inf, dtype=np.float32)
     best_scale = high / 127
-    for clip in WEIGHT_CLIPS:
+    for clip in clips:
         scale = (high * np.float32(clip) / 127).astype(np.float32)
         q = pair_safe(np.clip(np.rint(weight / scale), -127, 127))
         error = importance @ np.square(q * scale - weight)
@@ -142,11 +160,13 @@ def pair_safe(q: np.ndarray) -> np.ndarray:
 def compensated(weight: FloatArray, scale: FloatArray, hessian: np.ndarray) -> np.ndarray:
     """Rounds row after row, pushing each row's error onto the rows still to come (GPTQ); pair-safe float32[K, N] whole numbers.
 
-    `hessian` float64[K, K]: X^T X of the smoothed calibration rows.
+    `hessian` float32[K, K]: X^T X of the smoothed calibration rows.
     """
     size, block = len(weight), 128
-    damped = hessian + np.eye(size) * (0.01 * float(np.trace(hessian)) / size + 1e-12)
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    # Damped so far that float32 carries the factorisation.
+    damped = hessian + np.eye(size, dtype=np.float32) * np.float32(0.01 * np.trace(hessian) / size + 1e-12)
+    # R R^T = H with R upper triangular, by Cholesky of the matrix turned round; R^-1 is then the upper factor of H^-1.
+    upper = np.triu(np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]))
     left = weight.copy()
     q = np.empty_like(left)
     inverse = 1 / scale
@@ -167,27 +187,27 @@ def compensated(weight: FloatArray, scale: FloatArray, hessian: np.ndarray) -> n
     return q
 
 
-def _finish(x: FloatArray, dense: Dense, smooth: FloatArray, form: str, alpha: float, sample: np.ndarray) -> Choice:
+def _finish(x: FloatArray, dense: Dense, smooth: FloatArray, form: str, sample: np.ndarray) -> Choice:
     """The chosen form with compensated weights and a bias without the mean error."""
     smoothed = x / smooth
     weight = dense.weight * smooth[:, None]
-    q, weight_scale = round_weights(weight, np.square(smoothed).mean(axis=0))
-    q = compensated(weight, weight_scale, (smoothed.T @ smoothed).astype(np.float64))
-    static = _static(smoothed, weight) if form == "static" else _Rows(1.0, 128)
-    rounded = q * weight_scale
     rows = smoothed[sample]
-    got = _round_rows(rows, smoothed if form == "static" else None, weight) @ rounded
-    want = x[sample] @ dense.weight
+    want = rows @ weight
+    static = _static(rows, (smoothed.min(axis=0), smoothed.max(axis=0)), weight) if form == "static" else None
+    rounded = _round_rows(rows, static)
+    q, weight_scale = round_weights(weight, np.square(smoothed).mean(axis=0))
+    if _distance(rows @ (q * weight_scale), want) > COMPENSATE_ABOVE * _distance(rounded @ weight, want):
+        q = compensated(weight, weight_scale, smoothed.T @ smoothed)
+    got = rounded @ (q * weight_scale)
     shift = (got - want).mean(axis=0, dtype=np.float64).astype(np.float32)
-    power = max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
-    error = float(np.square(got - shift - want, dtype=np.float64).sum()) / power
+    scales = static or _Rows(1.0, 128)
     product = QuantizedProduct(
-        row=form == "row",
-        mult=(1 / (smooth * np.float32(static.scale))).astype(np.float32),
-        scale=static.scale,
-        zero_point=static.zero_point,
+        row=static is None,
+        mult=(1 / (smooth * np.float32(scales.scale))).astype(np.float32),
+        scale=scales.scale,
+        zero_point=scales.zero_point,
         weight=q.astype(np.int8),
         weight_scale=weight_scale,
         bias=dense.bias - shift,
     )
-    return Choice(form, error, alpha, product)
+    return Choice(form, _distance(got - shift, want) / _power(want), product)
