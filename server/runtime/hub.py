@@ -140,7 +140,7 @@ class HubOrigin:
         with part.open("r+b" if have else "wb") as out:
             out.seek(have)
             out.truncate()
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():  # as it arrives: what a broken connection brought is kept
                 have += len(chunk)
                 if have > remote.size:
                     break  # the check after this says so
@@ -261,7 +261,7 @@ def _pause(error: Exception, attempt: int) -> float | None:
     # huggingface_hub below 1.0 speaks through requests, whose errors share only OSError with the others.
     broken = isinstance(error, httpx.TransportError | ConnectionError | TimeoutError) or type(error).__module__.startswith("requests")
     if status == 0 and broken:
-        return min(0.5 * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
+        return min(0.25 * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
     return None
 
 

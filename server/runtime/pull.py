@@ -113,9 +113,8 @@ def default_name(id: str) -> str:
 def _origin(source: str, repository: Repository, watch: Progress, options: PullOptions) -> _Origin:
     if source == STARTER:
         return starter_origin()
-    path = Path(source)
-    if path.is_dir():
-        return FolderOrigin(path.absolute())
+    if source and os.path.isdir(source):  # unlike Path.is_dir, False for texts that are no path at all
+        return FolderOrigin(Path(source).absolute())
     if source.startswith((".", "/", "~")) or not is_hub_id(source):
         raise InvalidArgument(
             f"{source[:200]!r} is no folder and no id of a hub. Give 'starter', a folder's path, or an id such as 'owner/name'.",
