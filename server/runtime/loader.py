@@ -60,8 +60,13 @@ class LoadedModel:
 
     async def build(self, files: ModelFiles, in_thread: InThread, settings: EngineSettings, observer: Observer) -> None:
         """Makes the engines and runs the smallest input once. Raises ModelRejected."""
+        from server.runtime.tensor_engine import TensorEngine
+
         manifest = files.manifest
-        if manifest.form == "tensor" or manifest.task is Task.TENSOR:
+        raw = manifest.form == "tensor" or manifest.task is Task.TENSOR
+        # An encoder's raw calls are left out of the metrics: its texts and its tensors are counted in different units.
+        self._tensors = TensorEngine(self._session, manifest.name, manifest.version, settings, observer if raw else None)
+        if raw:
             return
         path = files.tokenizer
         if path is None:
