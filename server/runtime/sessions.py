@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: one thread pool for all of them, creation off the event loop, cancellable runs, memory really given back."""
+"""ONNX Runtime sessions: threads that do not spin, creation off the event loop, cancellable runs, memory really given back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ctypes
 import gc
 import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +101,7 @@ class Session:
 
 
 class Sessions:
-    """Opens sessions that share one thread pool. One object a process: ONNX Runtime has one pool a process."""
-
-    _lock = threading.Lock()
-    _pool_threads = 0
+    """Opens sessions with one set of settings."""
 
     def __init__(self, settings: SessionSettings | None = None) -> None:
         self.settings = settings or SessionSettings()
@@ -113,9 +109,11 @@ class Sessions:
     def open(self, path: Path) -> Session:
         """Loads a graph; blocks (hashing and optimising take up to seconds). Raises ModelRejected when ONNX Runtime refuses the file."""
         ort = import_ort()
-        self._share_pool(ort)
         options = ort.SessionOptions()
-        options.use_per_session_threads = False
+        options.intra_op_num_threads = self.settings.threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_mem_pattern = False  # a pattern is kept for every input shape ever seen, and packed batches hardly repeat one
         options.log_severity_level = 4  # errors are raised with their text; fatal ones alone are printed
         if _uses_our_operators(path):
             from server.runtime import kernels
@@ -133,12 +131,6 @@ class Sessions:
     async def open_async(self, path: Path) -> Session:
         """`open` in a thread; the event loop goes on meanwhile."""
         return await asyncio.to_thread(self.open, path)
-
-    def _share_pool(self, ort: Any) -> None:
-        with Sessions._lock:
-            if Sessions._pool_threads == 0:
-                Sessions._pool_threads = self.settings.threads or usable_cores()
-                ort.set_global_thread_pool_sizes(Sessions._pool_threads, 1)
 
 
 def usable_cores() -> int:
