@@ -11,8 +11,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from google.protobuf.message import Message
-
 from server.api import calls, wire
 from server.api import open_inference_codec as codec
 from server.api import open_inference_models as models
@@ -301,7 +299,7 @@ def _check_repository(name: str) -> None:
         raise InvalidArgument(text, field="repository_name")
 
 
-def _repository_version(parameters: Mapping[str, Message], known: tuple[str, ...]) -> str | None:
+def _repository_version(parameters: Mapping[str, pb.ModelRepositoryParameter], known: tuple[str, ...]) -> str | None:
     for key in parameters:
         if key not in known:
             text = (

@@ -123,9 +123,9 @@ def _write(response: Message | bytes) -> bytes:
 def parse(message_class: type[M], data: bytes) -> M:
     """The message in `data`. Raises InvalidArgument that names the field, its byte offset and what is wrong with it."""
     try:
-        return cast(M, message_class.FromString(data))
+        return message_class.FromString(data)
     except DecodeError:
-        raise malformed(message_class.DESCRIPTOR, data) from None
+        raise malformed(cast(Descriptor, message_class.DESCRIPTOR), data) from None
 
 
 def malformed(descriptor: Descriptor, data: bytes) -> InvalidArgument:
