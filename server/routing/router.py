@@ -100,9 +100,7 @@ class Router:
             raise FailedPrecondition(f"Nobody may answer the skill {skill.name!r}: {why}", skill=skill.name, preference=preference.value)
         return route
 
-    async def _ask(
-        self, skill: Skill, candidate: Candidate, items: list[_Item], call: Call, timings: Timings, limit: int | None
-    ) -> None:
+    async def _ask(self, skill: Skill, candidate: Candidate, items: list[_Item], call: Call, timings: Timings, limit: int | None) -> None:
         texts = [item.text for item in items]
         async for index, answer in candidate.answers(texts, call, timings, limit):
             item = items[index]
