@@ -88,10 +88,10 @@ def pull(source: str, repository: Repository, *, progress: Progress | None = Non
     if options.get("graph", "auto") not in ("auto", "repository", "own", "export"):
         raise InvalidArgument(f"graph {options['graph'][:32]!r} is unknown; auto, repository, own and export are.", field="graph")
     origin = _origin(source, repository, watch, options)
-    name = check_name(options.get("name") or (STARTER_NAME if source == STARTER else default_name(origin.id)))
     if MANIFEST in origin.files and origin.kind == "folder":
         watch.stage("copy", 0.0)
-        return repository.add(origin.folder, name, fields=dict(options.get("fields") or {}))
+        return repository.add(origin.folder, options.get("name"), fields=dict(options.get("fields") or {}))
+    name = check_name(options.get("name") or (STARTER_NAME if source == STARTER else default_name(origin.id)))
     with repository.staging() as staged:
         fields = _prepare(origin, staged, watch, options)
         fields["source"] = {"kind": origin.kind, "id": origin.id[:256], "revision": origin.revision}

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from server.core import Task
@@ -23,72 +22,10 @@ from server.runtime.describe import describe, write_tokenizer
 from server.runtime.hub import FolderOrigin
 from server.runtime.pull import default_name, make_plan, pull, starter_origin
 from server.runtime.repository import Repository
+from tests.checkpoints import HIDDEN, WORDS, checkpoint, write
 from tests.hub_server import COMMIT, Hub, hub_server
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN, LAYERS, WORDS = 32, 1, 40
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "card", "is", "lost", "my", "where", "##s", "?", "pay"]
-
-
-def checkpoint(folder: Path, architecture: str = "BertModel", **config: Any) -> Path:
-    """A tiny random BERT in Hugging Face's layout, with vocab.txt alone; a sentence-transformers model where it has no head."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    head = architecture != "BertModel"
-    prefix = "bert." if head else ""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.word_embeddings.weight": (WORDS, HIDDEN),
-        "embeddings.position_embeddings.weight": (64, HIDDEN),
-        "embeddings.token_type_embeddings.weight": (2, HIDDEN),
-        "embeddings.LayerNorm.weight": (HIDDEN,),
-        "embeddings.LayerNorm.bias": (HIDDEN,),
-    }
-    for layer in range(LAYERS):
-        base = f"encoder.layer.{layer}."
-        sizes = {"intermediate.dense": (64, HIDDEN), "output.dense": (HIDDEN, 64), "attention.output.dense": (HIDDEN, HIDDEN)}
-        sizes |= {f"attention.self.{name}": (HIDDEN, HIDDEN) for name in ("query", "key", "value")}
-        for name, size in sizes.items():
-            shapes |= {f"{base}{name}.weight": size, f"{base}{name}.bias": (size[0],)}
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            shapes |= {f"{base}{name}.weight": (HIDDEN,), f"{base}{name}.bias": (HIDDEN,)}
-    shapes |= {"pooler.dense.weight": (HIDDEN, HIDDEN), "pooler.dense.bias": (HIDDEN,)}
-    tensors = {
-        prefix + name: (rng.standard_normal(size) * 0.2 + ("LayerNorm.weight" in name)).astype(np.float32) for name, size in shapes.items()
-    }
-    if head:
-        tensors["classifier.weight"] = rng.standard_normal((len(config["id2label"]), HIDDEN)).astype(np.float32)
-        tensors["classifier.bias"] = rng.standard_normal(len(config["id2label"])).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    sizes_of = {"vocab_size": WORDS, "hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": LAYERS, "intermediate_size": 64}
-    rest = {
-        "model_type": "bert",
-        "architectures": [architecture],
-        "max_position_embeddings": 64,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-    }
-    write(folder / "config.json", {**sizes_of, **rest, "layer_norm_eps": 1e-12, "pad_token_id": 0, **config})
-    write(folder / "tokenizer_config.json", {"do_lower_case": True, "model_max_length": 48})
-    words = VOCABULARY + [f"w{i}" for i in range(WORDS - len(VOCABULARY))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    if not head:
-        kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-        modules = [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(kinds)
-        ]
-        write(folder / "modules.json", modules)
-        write(
-            folder / "1_Pooling" / "config.json",
-            {"word_embedding_dimension": HIDDEN, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
-        )
-        write(folder / "sentence_bert_config.json", {"max_seq_length": 32, "do_lower_case": False})
-        write(folder / "config_sentence_transformers.json", {"prompts": {"query": "query: ", "document": "passage: "}})
-    return folder
-
-
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
 
 
 def padded(*outputs: tuple[str, list[Any]], inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> bytes:
@@ -186,7 +123,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(tiny: Hub, repository: 
     watch = Watch()
     pull("acme/Tiny_BERT", repository, dtype="float32", endpoint=tiny.endpoint, progress=watch)
     total = len(tiny.models["acme/Tiny_BERT"]["model.safetensors"])
-    ranges = [ranges for ranges in tiny.gets("cdn/acme/Tiny_BERT/model.safetensors")]
+    ranges = tiny.gets("cdn/acme/Tiny_BERT/model.safetensors")
     assert ranges == ["", f"bytes={total // 2}-", f"bytes={total // 2 + (total - total // 2) // 2}-"]
     assert sum("trying again" in note for note in watch.notes) == 2
 
@@ -334,6 +271,7 @@ def test_labels_and_tasks_come_from_the_configuration(repository: Repository, tm
 
 def test_our_own_folders_are_added_as_they_are(repository: Repository, tmp_path: Path) -> None:
     first = pull(str(checkpoint(tmp_path / "c")), repository, name="a", dtype="float32")
+    assert pull(str(first.folder), repository).manifest.version == "2"
     second = pull(str(first.folder), repository, name="b")
     assert second.manifest.model_dump(exclude={"name", "created"}) == first.manifest.model_dump(exclude={"name", "created"})
 
