@@ -1,8 +1,10 @@
 """A contestant without a server, in a process of its own: it prints a line when it is ready, then answers each line of JSON with one.
 
-`python -m bench.contestant raw FOLDER` is ONNX Runtime alone on the stock graph (optimum's export, fused, dynamic int8): texts sorted by length, batches of 32 padded to
-their longest. `python -m bench.contestant engine MODEL` is the engine alone, in arrival order. Both get tokens, not texts, and both give pooled, normalised vectors.
-Commands: {"do": "load", "set": name, "texts": [...], "batch": n}, {"do": "run", "set": name, "seconds": s}, {"do": "latency", "set": name, "calls": n}, {"do": "vectors", "texts": [...]}.
+`python -m bench.contestant raw FOLDER` is ONNX Runtime alone on the stock graph (optimum's export, fused, dynamic int8): texts
+sorted by length, batches of 32 padded to their longest. `python -m bench.contestant engine MODEL` is the engine alone, in arrival
+order. Both get tokens, not texts, and both give pooled, normalised vectors.
+Commands: {"do": "load", "set": name, "texts": [...], "batch": n}, {"do": "run", "set": name, "seconds": s}, {"do": "latency",
+"set": name, "calls": n}, {"do": "vectors", "texts": [...]}.
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ class Raw:
         mask = np.zeros_like(tokens)
         for r, row in enumerate(ids):
             tokens[r, : len(row)], mask[r, : len(row)] = row, 1
-        return {k: v for k, v in {"input_ids": tokens, "attention_mask": mask, "token_type_ids": np.zeros_like(tokens)}.items() if k in self.names}
+        return {
+            k: v
+            for k, v in {"input_ids": tokens, "attention_mask": mask, "token_type_ids": np.zeros_like(tokens)}.items()
+            if k in self.names
+        }
 
     def vectors_of(self, feed: dict[str, Any]) -> np.ndarray[Any, Any]:
         hidden = self.session.run(None, feed)[0]

@@ -60,7 +60,10 @@ def conditions() -> dict[str, Any]:
 
     from server.runtime.kernels import describe
 
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
     flags = Path("/proc/cpuinfo").read_text()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     dirty = bool(subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip())
@@ -141,10 +144,19 @@ class Server:
 def serve(models: Path | None = None, *, extra: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> Iterator[Server]:
     """Starts `understudy serve` on a free port and stops it by SIGTERM."""
     port = free_port()
-    flags = {"models.path": str(models or ROOT / "models"), "server.metrics_port": 0, "log.access": False, "log.format": "json", **(extra or {})}
+    flags = {
+        "models.path": str(models or ROOT / "models"),
+        "server.metrics_port": 0,
+        "log.access": False,
+        "log.format": "json",
+        **(extra or {}),
+    }
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
     for key, value in flags.items():
-        command += ["--set", f"{key}={json.dumps(value) if isinstance(value, (list, dict)) else str(value).lower() if isinstance(value, bool) else value}"]
+        command += [
+            "--set",
+            f"{key}={json.dumps(value) if isinstance(value, (list, dict)) else str(value).lower() if isinstance(value, bool) else value}",
+        ]
     work = Path(tempfile.mkdtemp(prefix="understudy-bench-"))
     log = work / "server.log"
     with log.open("wb") as out:
@@ -205,14 +217,27 @@ class Load:
         return self.codes.get("OK", 0)
 
 
-def ghz(address: str, call: str, data: Sequence[dict[str, Any]], *, proto: Path, concurrency: int, seconds: float, options: Sequence[str] = ()) -> Load:
+def ghz(
+    address: str, call: str, data: Sequence[dict[str, Any]], *, proto: Path, concurrency: int, seconds: float, options: Sequence[str] = ()
+) -> Load:
     """Closed loop by ghz, `concurrency` calls in flight over min(concurrency, 4) connections, requests taken in turn from `data`."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json", dir=BUILD) as file:
         json.dump(list(data), file)
         file.flush()
         command = [str(TOOLS / "ghz"), "--insecure", "--proto", str(proto), "-i", include_path(), "--call", call, "-D", file.name]
-        command += ["-c", str(concurrency), "--connections", str(min(concurrency, 4)), "-z", f"{seconds}s", "--duration-stop", "wait", "-O", "json"]
+        command += [
+            "-c",
+            str(concurrency),
+            "--connections",
+            str(min(concurrency, 4)),
+            "-z",
+            f"{seconds}s",
+            "--duration-stop",
+            "wait",
+            "-O",
+            "json",
+        ]
         done = subprocess.run([*command, *options, address], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"ghz failed: {done.stderr or done.stdout}")
@@ -228,14 +253,31 @@ def _load(report: dict[str, Any]) -> Load:
 
 
 def hey(url: str, body: dict[str, Any], *, concurrency: int, seconds: float) -> Load:
-    """Closed loop over HTTP, for the peers that speak nothing else. It sends one body; a text of median length spares the peer all padding."""
+    """Closed loop over HTTP, for the peers that speak nothing else. It sends one body; a text of median length spares the peer all
+    padding.
+    """
     import csv
 
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json", dir=BUILD) as file:
         json.dump(body, file)
         file.flush()
-        command = [str(TOOLS / "hey"), "-z", f"{seconds}s", "-c", str(concurrency), "-m", "POST", "-T", "application/json", "-D", file.name, "-o", "csv", url]
+        command = [
+            str(TOOLS / "hey"),
+            "-z",
+            f"{seconds}s",
+            "-c",
+            str(concurrency),
+            "-m",
+            "POST",
+            "-T",
+            "application/json",
+            "-D",
+            file.name,
+            "-o",
+            "csv",
+            url,
+        ]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = list(csv.DictReader(out.splitlines()))
     times = sorted(float(r["response-time"]) * 1e3 for r in rows if r["status-code"] == "200") or [0.0]

@@ -1,4 +1,6 @@
-"""`make bench-serve`: measures every bar of serving in one run, prints a row for each, writes bench/results/serve.json, and exits 0 however it went.
+"""`make bench-serve`: measures every bar of serving in one run and prints a row for each.
+
+It writes bench/results/serve.json and exits 0 however it went.
 
 `--only NAME` (repeatable) measures one; the rows of the others stay as they were, each with the commit it was measured on.
 """

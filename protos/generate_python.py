@@ -1,6 +1,7 @@
 """Writes the Python stubs of all protos: `python protos/generate_python.py OUT` makes OUT/understudy/{v1,oip}/*_pb2*.py(i).
 
-The Open Inference Protocol's file keeps its own wire package, `inference`; its Python module lives in `understudy.oip`, so that no top-level
+The Open Inference Protocol's file keeps its own wire package, `inference`; its Python module lives in `understudy.oip`, so that no
+top-level
 package called `inference` appears on a user's path.
 """
 

@@ -41,16 +41,33 @@ def overload(seconds: float = 60.0) -> Row:
         "overload",
         OVERLOAD,
         [
-            part("goodput / peak", ">= 0.9", round(goodput / reference, 3), goodput >= 0.9 * reference, calls_a_second=round(goodput, 1), peak=round(reference, 1)),
-            part("offered / peak", "4", round(result["offered"] / reference, 2), result["offered"] >= 3.6 * reference, texts_a_call=PER_CALL),
-            part("refused with RESOURCE_EXHAUSTED and RetryInfo", "all", f"{result['with_retry_info']} of {refused}", clean, codes=result["codes"]),
+            part(
+                "goodput / peak",
+                ">= 0.9",
+                round(goodput / reference, 3),
+                goodput >= 0.9 * reference,
+                calls_a_second=round(goodput, 1),
+                peak=round(reference, 1),
+            ),
+            part(
+                "offered / peak", "4", round(result["offered"] / reference, 2), result["offered"] >= 3.6 * reference, texts_a_call=PER_CALL
+            ),
+            part(
+                "refused with RESOURCE_EXHAUSTED and RetryInfo",
+                "all",
+                f"{result['with_retry_info']} of {refused}",
+                clean,
+                codes=result["codes"],
+            ),
             part("largest resident / early in the load", "<= 1.1", round(growth, 3), growth <= 1.1, after_mb=round(after / 1e6)),
         ],
     )
 
 
 async def _open_loop(server: Server, requests: list[dict[str, Any]], rate: float, seconds: float) -> dict[str, Any]:
-    """Sends at a fixed rate whatever comes back; requests are serialized once, answers are not decoded: this side must not be what is slow."""
+    """Sends at a fixed rate whatever comes back; requests are serialized once, answers are not decoded: this side must not be what is
+    slow.
+    """
     from google.protobuf import json_format
     from google.rpc import error_details_pb2
     from grpc_status import rpc_status
@@ -93,11 +110,20 @@ async def _open_loop(server: Server, requests: list[dict[str, Any]], rate: float
         offered = sent / (time.perf_counter() - start)
         await asyncio.gather(*tasks)
         total = time.perf_counter() - start
-    return {"codes": dict(codes), "with_retry_info": with_retry_info, "offered": offered, "seconds": total, "rss": rss, "rss_early": early or rss[0]}
+    return {
+        "codes": dict(codes),
+        "with_retry_info": with_retry_info,
+        "offered": offered,
+        "seconds": total,
+        "rss": rss,
+        "rss_early": early or rss[0],
+    }
 
 
 class Callers:
-    """Closed-loop callers without retries. A call is accepted once the server has sent its initial headers or an answer; refusals are counted apart."""
+    """Closed-loop callers without retries. A call is accepted once the server has sent its initial headers or an answer; refusals are
+    counted apart.
+    """
 
     def __init__(self, address: str, in_flight: int = 32) -> None:
         self.address, self.in_flight = address, in_flight
@@ -114,7 +140,9 @@ class Callers:
         payloads = [pb.EmbedRequest(model=common_pb2.ModelSelector(name=STARTER), texts=[t]).SerializeToString() for t in texts]
 
         async def caller(i: int) -> None:
-            async with grpc.aio.insecure_channel(self.address, options=[("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]) as channel:
+            async with grpc.aio.insecure_channel(
+                self.address, options=[("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+            ) as channel:
                 method = channel.unary_unary("/understudy.v1.InferenceService/Embed")
                 n = i
                 while not self.stop:
@@ -155,7 +183,13 @@ def drain(rounds: int = 10) -> Row:
             answered += callers.answered
             failed += callers.failed
             refused += sum(callers.refused.values())
-    measured = {"stops": rounds, "answered": answered, "failed": dict(failed), "refused after the signal": refused, "exit codes": sorted(set(exits))}
+    measured = {
+        "stops": rounds,
+        "answered": answered,
+        "failed": dict(failed),
+        "refused after the signal": refused,
+        "exit codes": sorted(set(exits)),
+    }
     return Row("drain", DRAIN, measured, not failed and set(exits) == {0} and answered > 0)
 
 
@@ -179,7 +213,14 @@ def swap(cycles: int = 20) -> Row:
         SWAP,
         [
             part("failed calls", "0", sum(failures.values()), not failures, answered=callers.answered, kinds=dict(failures)),
-            part("resident after 20 cycles / after the first", "<= 1.1", round(growth, 3), growth <= 1.1, first_mb=round(sizes[0] / 1e6), last_mb=round(sizes[-1] / 1e6)),
+            part(
+                "resident after 20 cycles / after the first",
+                "<= 1.1",
+                round(growth, 3),
+                growth <= 1.1,
+                first_mb=round(sizes[0] / 1e6),
+                last_mb=round(sizes[-1] / 1e6),
+            ),
         ],
     )
 

@@ -12,12 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import EMBED, PROTO, ROOT, STARTER, Row, Server, embed_requests, ghz, median, part, row_of, serve, short_texts, texts_of_length
+from bench.harness import (
+    EMBED,
+    PROTO,
+    ROOT,
+    STARTER,
+    Row,
+    Server,
+    embed_requests,
+    ghz,
+    median,
+    part,
+    row_of,
+    serve,
+    short_texts,
+    texts_of_length,
+)
 from bench.peers.start import litserve, pytriton, stock_model
 
 THROUGHPUT = (
-    "against raw = stock graph, sorted batches of 32, no server: engine alone in arrival order >= 1.2; single-text calls, 64 in flight >= 0.9; 32 texts a call >= 1.15; "
-    "128 tokens >= 1.3; lengths mixed from 8 to 400 in arrival order >= 1.15; pytriton behind by >= 2.3x and LitServe by >= 2.8x at 64 in flight"
+    "against raw = stock graph, sorted batches of 32, no server: engine alone in arrival order >= 1.2; single-text calls,"
+    " 64 in flight >= 0.9; 32 texts a call >= 1.15; "
+    "128 tokens >= 1.3; lengths mixed from 8 to 400 in arrival order >= 1.15; pytriton behind by >= 2.3x and LitServe by "
+    ">= 2.8x at 64 in flight"
 )
 LATENCY = "one call at a time: p50 <= raw at batch 1 + 0.7 ms"
 
@@ -105,12 +122,19 @@ def throughput(rounds: int = 5, seconds: float = 6.0) -> Row:
     return _judge(seen, notes)
 
 
-def _calls(server: Server, requests: list[dict[str, Any]], flight: int, seconds: float, notes: dict[str, Any], kind: str = "single") -> float:
+def _calls(
+    server: Server, requests: list[dict[str, Any]], flight: int, seconds: float, notes: dict[str, Any], kind: str = "single"
+) -> float:
     before = server.cpu_s()
     load = ghz(server.address, EMBED, requests, proto=PROTO, concurrency=flight, seconds=seconds)
     assert set(load.codes) == {"OK"}, load.codes
     cpu_ms = (server.cpu_s() - before) * 1e3 / max(load.ok, 1)
-    notes[f"{kind}, {flight} in flight"] = {"p50_ms": round(load.p50, 2), "p95_ms": round(load.p95, 2), "p99_ms": round(load.p99, 2), "server_cpu_ms_a_call": round(cpu_ms, 3)}
+    notes[f"{kind}, {flight} in flight"] = {
+        "p50_ms": round(load.p50, 2),
+        "p95_ms": round(load.p95, 2),
+        "p99_ms": round(load.p99, 2),
+        "server_cpu_ms_a_call": round(cpu_ms, 3),
+    }
     return load.per_s
 
 
@@ -137,7 +161,13 @@ def _judge(seen: dict[str, list[float]], notes: dict[str, Any]) -> Row:
         value = _ratio(seen, a, b)
         parts.append(part(name, f">= {least}", value, value >= least))
     row = row_of("throughput", THROUGHPUT, parts)
-    row.parts.append({"name": "texts or calls a second, median (min - max)", "measured": {k: f"{median(v):.0f} ({min(v):.0f} - {max(v):.0f})" for k, v in seen.items()}, "notes": notes})
+    row.parts.append(
+        {
+            "name": "texts or calls a second, median (min - max)",
+            "measured": {k: f"{median(v):.0f} ({min(v):.0f} - {max(v):.0f})" for k, v in seen.items()},
+            "notes": notes,
+        }
+    )
     return row
 
 

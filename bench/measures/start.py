@@ -15,7 +15,10 @@ import psutil
 
 from bench.harness import ROOT, STARTER, Row, free_port, part, row_of
 
-BAR = "clean clone to first answer of `make run` <= 120 s with < 1.5 GB installed, torch absent; later starts answer within 3 s with MiniLM int8, under 350 MB resident"
+BAR = (
+    "clean clone to first answer of `make run` <= 120 s with < 1.5 GB installed, torch absent; later starts answer within 3 s"
+    " with MiniLM int8, under 350 MB resident"
+)
 
 
 def measure() -> Row:
@@ -51,14 +54,22 @@ def _answer_time(clone: Path, limit: float) -> tuple[float, int]:
     start = time.perf_counter()
     log = (clone.parent / "run.log").open("wb")
     make = subprocess.Popen(
-        ["make", "run", f"PORT={port}", "ARGS=--set server.metrics_port=0"], cwd=clone, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ["make", "run", f"PORT={port}", "ARGS=--set server.metrics_port=0"],
+        cwd=clone,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         while True:
             try:
                 with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                     stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
-                    reply = stub.Embed(inference_service_pb2.EmbedRequest(model=common_pb2.ModelSelector(name=STARTER), texts=["Where is my card?"]), timeout=5)
+                    reply = stub.Embed(
+                        inference_service_pb2.EmbedRequest(model=common_pb2.ModelSelector(name=STARTER), texts=["Where is my card?"]),
+                        timeout=5,
+                    )
                 assert len(reply.results[0].embedding) == 384
                 break
             except grpc.RpcError:

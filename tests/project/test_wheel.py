@@ -33,7 +33,12 @@ def test_holds_what_serving_needs(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     assert "native/kernels/libunderstudy_kernels.so" in names
     assert any(n.startswith("native/batching.") and n.endswith(".so") for n in names)
-    assert {"server/app.py", "understudy/v1/inference_service_pb2.py", "understudy/oip/open_inference_pb2.py", "understudy/client.py"} <= names
+    assert {
+        "server/app.py",
+        "understudy/v1/inference_service_pb2.py",
+        "understudy/oip/open_inference_pb2.py",
+        "understudy/client.py",
+    } <= names
     assert any(n.endswith("calibration.txt") for n in names)
 
 
