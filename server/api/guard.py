@@ -128,13 +128,13 @@ class Guard:
 
     async def _fail(self, scope: Scope, context: Context, error: BaseException) -> None:
         """Counts, logs and sends an exception. Always raises: the abort, or the cancellation itself."""
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, asyncio.CancelledError) or (scope.expired and isinstance(error, Cancelled)):
             scope.call.cancelled = True
             if not scope.expired:
                 self._leave(scope, "DEADLINE_EXCEEDED" if _late(scope) else "CANCELLED", None)
                 raise error
             task = asyncio.current_task()
-            if task is not None:
+            if task is not None and isinstance(error, asyncio.CancelledError):
                 task.uncancel()
             stage = scope.call.stage or "run"
             error = DeadlineExceeded(

@@ -96,6 +96,7 @@ async def tokenize(
     """Tokens within the model's limit, or each item's error; `cut` as in `TextTokenizer.encode_within`."""
     started = time.perf_counter()
     light = characters(inputs) <= INLINE_CHARACTERS
+    call.stage = "tokenize"
     tokens = await off_loop(parts, light, parts.tokenizer.encode_within, inputs, fields, cut)
     account.timings.tokenize += time.perf_counter() - started
     check_call(call, "tokenize")
