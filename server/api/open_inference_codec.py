@@ -197,8 +197,10 @@ def _from_raw(datatype: str, raw: Buffer, count: int, name: str) -> Array:
                 f"input {name}: a BOOL byte is {values.max()}; it is 0 or 1.", tensor=name, expected="0 or 1", got=values.max()
             )
         return values.view(np.bool_)
-    array = np.frombuffer(raw, dtype.newbyteorder("<"))
-    return array if array.flags.aligned and sys.byteorder == "little" else array.astype(dtype)
+    if sys.byteorder == "big":
+        return np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype)
+    array = np.frombuffer(raw, dtype)
+    return array if array.flags.aligned else array.copy()
 
 
 def _split_texts(raw: Buffer, count: int, name: str) -> Iterator[bytes]:
