@@ -1,32 +1,47 @@
-"""ONNX Runtime sessions: threads that do not spin, creation off the event loop, cancellable runs, memory really given back."""
+"""ONNX Runtime sessions: one thread pool for all of them, creation off the event loop, cancellable runs, memory really given back.
+
+On CPUs sessions go through ONNX Runtime's C API (`native.session`), which shares a pool whose threads sleep when idle. Other execution
+providers, and graphs with text or non-tensor values, go through its Python package.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import gc
+import importlib.util
+import mmap
 import os
 import sys
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from native import session as native
 from server.errors import Cancelled, InternalError, InvalidTensor, ModelRejected, OutOfMemory, UnderstudyError
 from server.runtime.ort import import_ort
 
 Array = npt.NDArray[Any]
+_CPU = ("CPUExecutionProvider",)
+_INVALID_ARGUMENT = 2  # OrtErrorCode
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """`threads` of the shared pool, the calling thread included; 0: one a usable core. `providers` in order of preference."""
+    """`threads` of the shared pool, the calling thread included; 0: one a usable core. `providers` in order of preference.
+
+    `spinning` threads answer a little sooner on idle cores; on cores that others need too they cost them up to 60 % more time.
+    """
 
     threads: int = 0
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = _CPU
+    spinning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +71,32 @@ _DTYPES = {
 }
 
 
-class Stop:
-    """Ends one run from another thread; the run then raises Cancelled. For one run only."""
-
-    def __init__(self) -> None:
-        self._options = import_ort().RunOptions()
-
-    def set(self) -> None:
-        """Takes effect between two nodes of the graph."""
-        self._options.terminate = True
+class Stop(Protocol):
+    """Ends one run from another thread, between two nodes of its graph; the run then raises Cancelled. For one run only."""
 
     @property
-    def is_set(self) -> bool:
-        return bool(self._options.terminate)
+    def is_set(self) -> bool: ...
 
-    @property
-    def options(self) -> Any:
-        return self._options
+    def set(self) -> None: ...
 
 
-class Session:
+class Session(ABC):
     """One loaded graph. `run` may be called from several threads at once; none may be inside it when `close` is called."""
 
-    def __init__(self, native: Any, path: Path) -> None:
-        self._native: Any = native
-        self.path = path
-        self.inputs = tuple(_spec(node) for node in native.get_inputs())
-        self.outputs = tuple(_spec(node) for node in native.get_outputs())
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def stop(self) -> Stop:
+        """A new flag for one run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drops the graph; `release_memory` afterwards gives its pages back to the system. May be called again."""
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]: ...
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None = None) -> list[Array]:
         """Runs the graph; the GIL is free meanwhile. The arrays returned are the caller's.
@@ -90,47 +104,111 @@ class Session:
         Raises Cancelled when `stop` was set, OutOfMemory, InvalidTensor when ONNX Runtime refuses the feeds, else InternalError.
         """
         try:
-            result: list[Array] = self._native.run(list(outputs), dict(feeds), None if stop is None else stop.options)
+            return self._run(feeds, outputs, stop)
         except Exception as error:
             raise _translated(error, stop, self.path) from error
-        return result
-
-    def close(self) -> None:
-        """Drops the graph; `release_memory` afterwards gives its pages back to the system."""
-        self._native = None
 
 
 class Sessions:
-    """Opens sessions with one set of settings."""
+    """Opens sessions with one set of settings. The pool is the process's: the first session decides its size."""
+
+    _lock = threading.Lock()
+    _environment: native.Environment | None = None
 
     def __init__(self, settings: SessionSettings | None = None) -> None:
         self.settings = settings or SessionSettings()
 
     def open(self, path: Path) -> Session:
-        """Loads a graph; blocks (hashing and optimising take up to seconds). Raises ModelRejected when ONNX Runtime refuses the file."""
+        """Loads a graph; blocks, with the GIL free, for up to seconds. Raises ModelRejected when ONNX Runtime refuses the file."""
+        try:
+            if self.settings.providers == _CPU:
+                session = _NativeSession(self._shared_environment(), path)
+                if all(spec.dtype is not None for spec in (*session.inputs, *session.outputs)):
+                    return session
+                session.close()
+            return _PythonSession(self.settings, path)
+        except UnderstudyError:
+            raise
+        except Exception as error:
+            raise ModelRejected(
+                f"ONNX Runtime refused {path.name}: {error}; expected a valid graph of operators that it knows. Export the model again",
+                file=path.name,
+            ) from error
+
+    async def open_async(self, path: Path) -> Session:
+        """`open` in a thread; the event loop goes on meanwhile."""
+        return await asyncio.to_thread(self.open, path)
+
+    def _shared_environment(self) -> native.Environment:
+        with Sessions._lock:
+            if Sessions._environment is None:
+                threads = self.settings.threads or usable_cores()
+                Sessions._environment = native.Environment(_ort_library(), threads, self.settings.spinning)
+            return Sessions._environment
+
+
+class _NativeSession(Session):
+    def __init__(self, environment: native.Environment, path: Path) -> None:
+        self.path = path
+        self._environment = environment
+        self._native = native.NativeSession(environment, str(path), _kernels() if _uses_our_operators(path) else "")
+        self.inputs = tuple(_spec(*one) for one in self._native.inputs)
+        self.outputs = tuple(_spec(*one) for one in self._native.outputs)
+        self._places = {spec.name: i for i, spec in enumerate(self.outputs)}
+
+    def stop(self) -> Stop:
+        return native.Stop(self._environment)
+
+    def close(self) -> None:
+        self._native.close()
+
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]:
+        assert stop is None or isinstance(stop, native.Stop), "made by another session's kind"
+        values = self._native.run([feeds[spec.name] for spec in self.inputs], [self._places[name] for name in outputs], stop)
+        return [np.asarray(value) for value in values]
+
+
+class _PythonStop:
+    def __init__(self) -> None:
+        self.options = import_ort().RunOptions()
+        self.options.log_severity_level = 4
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.options.terminate)
+
+    def set(self) -> None:
+        self.options.terminate = True
+
+
+class _PythonSession(Session):
+    def __init__(self, settings: SessionSettings, path: Path) -> None:
         ort = import_ort()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.settings.threads or usable_cores()
+        options.intra_op_num_threads = settings.threads or usable_cores()
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
         options.enable_mem_pattern = False  # a pattern is kept for every input shape ever seen, and packed batches hardly repeat one
         options.log_severity_level = 4  # errors are raised with their text; fatal ones alone are printed
         if _uses_our_operators(path):
             from server.runtime import kernels
 
             kernels.register(options)
-        try:
-            native = ort.InferenceSession(str(path), options, providers=list(self.settings.providers))
-        except Exception as error:
-            raise ModelRejected(
-                f"ONNX Runtime refused {path.name}: {error}; expected a valid graph of operators that it knows. Export the model again",
-                file=path.name,
-            ) from error
-        return Session(native, path)
+        self.path = path
+        self._native: Any = ort.InferenceSession(str(path), options, providers=list(settings.providers))
+        self.inputs = tuple(_spec(node.name, node.type, node.shape) for node in self._native.get_inputs())
+        self.outputs = tuple(_spec(node.name, node.type, node.shape) for node in self._native.get_outputs())
 
-    async def open_async(self, path: Path) -> Session:
-        """`open` in a thread; the event loop goes on meanwhile."""
-        return await asyncio.to_thread(self.open, path)
+    def stop(self) -> Stop:
+        return _PythonStop()
+
+    def close(self) -> None:
+        self._native = None
+
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]:
+        assert stop is None or isinstance(stop, _PythonStop), "made by another session's kind"
+        result: list[Array] = self._native.run(list(outputs), dict(feeds), None if stop is None else stop.options)
+        return result
 
 
 def usable_cores() -> int:
@@ -149,20 +227,40 @@ def release_memory() -> None:
             trim(0)
 
 
+def _ort_library() -> str:
+    """ONNX Runtime's shared library inside its Python package, which is not imported for it."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library makes its environment
+    spec = importlib.util.find_spec("onnxruntime")
+    folders = spec.submodule_search_locations if spec is not None else None
+    found = [path for folder in folders or () for path in sorted((Path(folder) / "capi").glob("libonnxruntime*")) if _is_main(path.name)]
+    if not found:
+        raise OSError("the package onnxruntime has no libonnxruntime in its folder capi; install the package again")
+    return str(found[0])
+
+
+def _is_main(name: str) -> bool:
+    return name.startswith(("libonnxruntime.so", "libonnxruntime.dylib", "libonnxruntime.1"))
+
+
+def _kernels() -> str:
+    from server.runtime import kernels
+
+    kernels.isa_name()  # says why, where no build can run here
+    return str(kernels.library_path())
+
+
 def _uses_our_operators(path: Path) -> bool:
     """Whether the graph's file names our operator domain; a file that merely contains the word gets the kernels registered for nothing."""
-    import mmap
-
     if path.stat().st_size == 0:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(b"understudy") != -1
 
 
-def _spec(node: Any) -> TensorSpec:
-    dtype = _DTYPES.get(node.type)
-    shape = tuple(size if isinstance(size, (int, str)) else None for size in node.shape)
-    return TensorSpec(node.name, None if dtype is None else np.dtype(dtype), node.type, shape)
+def _spec(name: str, onnx_type: str, sizes: Sequence[Any]) -> TensorSpec:
+    dtype = _DTYPES.get(onnx_type)
+    shape = tuple(size if isinstance(size, (int, str)) else None for size in sizes)
+    return TensorSpec(name, None if dtype is None else np.dtype(dtype), onnx_type, shape)
 
 
 def _translated(error: Exception, stop: Stop | None, path: Path) -> UnderstudyError:
@@ -171,6 +269,6 @@ def _translated(error: Exception, stop: Stop | None, path: Path) -> UnderstudyEr
         return Cancelled("the run was ended because every caller of its batch had left")
     if "Failed to allocate memory" in text or "bad_alloc" in text or isinstance(error, MemoryError):
         return OutOfMemory(f"not enough memory to run {path.name} on this input; send less at a time", retry_after_s=1.0)
-    if "INVALID_ARGUMENT" in text:
-        return InvalidTensor(f"the graph does not take this input: {text.split('INVALID_ARGUMENT', 1)[1].lstrip(' :')}")
+    if isinstance(error, ValueError) or "INVALID_ARGUMENT" in text or getattr(error, "code", 0) == _INVALID_ARGUMENT:
+        return InvalidTensor(f"the graph does not take this input: {text.split('INVALID_ARGUMENT', 1)[-1].lstrip(' :')}")
     return InternalError(f"{path.name} failed to run: {text}")

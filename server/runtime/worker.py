@@ -117,6 +117,7 @@ class Worker(ABC, Generic[P, R]):
         if call.deadline is not None and call.deadline <= flight.arrival:
             self._observer.rejected(self.name, DeadlineExceeded.reason)
             raise _late("queue")
+        call.stage = "queue"
         try:
             tickets = self._queue.put([(flight, i) for i in range(len(pieces))], sizes, call)
         except UnderstudyError as error:
@@ -168,7 +169,9 @@ class Worker(ABC, Generic[P, R]):
             taken = batch = outcome = None  # type: ignore[assignment]
 
     def _attempt(self, batch: list[Piece[P, R]]) -> Outcome[R]:
-        stop = Stop()
+        stop = self._session.stop()
+        for flight, _ in batch:
+            flight.call.stage = "run"
         self._running = (batch, stop)
         start = time.monotonic()
         try:
