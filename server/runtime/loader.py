@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def make_loader(config: RuntimeConfig, observer: Observer) -> Loader:
     """A loader whose sessions share one thread pool; `observer` hears from every engine that it makes."""
-    sessions = Sessions(SessionSettings(threads=config.threads, providers=tuple(config.execution_providers)))
+    sessions = Sessions(SessionSettings(config.threads, tuple(config.execution_providers), config.spinning))
     limits = QueueLimits(max_sequences=config.queue_sequences, max_tokens=config.queue_tokens)
     settings = EngineSettings(limits=limits)
     if config.token_budget:
