@@ -23,6 +23,7 @@ class ServerProcess:
         """`config` is TOML; `folder` becomes the working directory."""
         self.address = ""
         self.lines: list[str] = []
+        self._news = threading.Condition()
         self._listening = threading.Event()
         self._ready = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,9 @@ class ServerProcess:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append(line)
+            with self._news:
+                self.lines.append(line)
+                self._news.notify_all()
             if '"event": "listening"' in line:
                 self.address = json.loads(line)["address"]
                 self._listening.set()
@@ -73,6 +76,16 @@ class ServerProcess:
         """Log lines with this `event`, so far."""
         found = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
         return [line for line in found if line.get("event") == name]
+
+    def wait_event(self, name: str, count: int = 1, **fields: object) -> list[dict[str, Any]]:
+        """Waits until the log has `count` lines with this `event` and these fields; returns them."""
+
+        def found() -> list[dict[str, Any]]:
+            return [one for one in self.events(name) if fields.items() <= one.items()]
+
+        with self._news:
+            assert self._news.wait_for(lambda: len(found()) >= count, START_S), "".join(self.lines)
+        return found()
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
