@@ -46,7 +46,7 @@ class AdapterStore:
         poll_s: float = 1.0,
         on_change: Callable[[str, str | None], None] | None = None,
     ) -> None:
-        """`base_sha256` gives the SHA-256 of the model.onnx that answers to a base's name now, None if none does; without it every base fits.
+        """`base_sha256` gives the SHA-256 of the model.onnx that answers to a base's name now, None if none does; without it all fit.
 
         `on_change(skill, version or None)` is called, on the thread that refreshes, after the newest version of a skill changed.
         """

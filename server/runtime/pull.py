@@ -322,7 +322,7 @@ def _export(origin: _Origin, staged: Path, description: Description, watch: Prog
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise ModelRejected(f"the export failed: {' '.join(lines[-3:])[-600:] or 'it said nothing'}", source=origin.id)
+        raise ModelRejected(f"the export failed: {lines[-1][-600:] if lines else 'it said nothing'}", source=origin.id)
     watch.stage("export", 1.0)
     if (staged / MANIFEST).is_file():
         from server.runtime.verify import read_json

@@ -113,6 +113,7 @@ class _Record:
     version: str
     state: ModelState = ModelState.LOADING
     manifest: Manifest | None = None
+    tasks: frozenset[Task] = frozenset()
     served: Served | None = None
     error: str = ""
     loaded_ns: int = 0
@@ -189,9 +190,9 @@ class Runtime:
         """Names of the loaded models whose default version does `task`, sorted; models made for the task come first."""
         names = []
         for name, version in self._defaults.items():
-            manifest = self._records[name, version].manifest
-            if manifest is not None and task in tasks_of(manifest):
-                names.append((manifest.task is not task, name))
+            record = self._records[name, version]
+            if task in record.tasks:
+                names.append((record.manifest is not None and record.manifest.task is not task, name))
         return [name for _, name in sorted(names)]
 
     def loaded(self) -> list[ModelStatus]:
@@ -308,12 +309,10 @@ class Runtime:
         )
 
     def _encoder(self, record: _Record, task: Task | None) -> EncoderModel:
-        assert record.manifest is not None
         encoder = self._served(record).encoder
-        tasks = tasks_of(record.manifest)
-        if encoder is None or (task is not None and task not in tasks):
+        if encoder is None or (task is not None and task not in record.tasks):
             wanted = task.value if task else "text"
-            does = ", ".join(sorted(t.value for t in tasks if t is not Task.TENSOR)) or "raw tensors only"
+            does = ", ".join(sorted(t.value for t in record.tasks if t is not Task.TENSOR)) or "raw tensors only"
             others = ", ".join(repr(name) for name in self.models_for(task)) if task else ""
             hint = f"Loaded models that do: {others}." if others else "Load one that does."
             message = f"model {record.name!r} does not do {wanted}; it does {does}. {hint}"
@@ -346,7 +345,7 @@ class Runtime:
         self._changed(record)
         try:
             files = await self._in_thread(lambda: self.repository.open(name, version))
-            record.manifest, record.memory = files.manifest, files.size
+            record.manifest, record.tasks, record.memory = files.manifest, tasks_of(files.manifest), files.size
             record.served = await self._loader(files, self._in_thread)
         except asyncio.CancelledError:
             self._fail(record, "the load was stopped.")
@@ -417,7 +416,7 @@ class Runtime:
                     await asyncio.wait_for(record.idle.wait(), self._drain_s if grace_s is None else grace_s)
             served, record.served = record.served, None
             if served is not None:
-                await served.close(drain)
+                await served.close(drain and record.in_use == 0)  # who still holds it has had its time
         except Exception:
             _log.exception("closing a model failed", extra={"model": record.name, "version": record.version})
         finally:

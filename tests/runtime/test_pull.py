@@ -215,6 +215,26 @@ def test_offline_says_so(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" in done.stderr and "starter" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_offline_takes_what_the_hub_s_own_cache_has(tiny: Hub, tmp_path: Path) -> None:
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('acme/Tiny_BERT')"
+    env = {**os.environ, "HF_ENDPOINT": tiny.endpoint, "HF_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", fetch], env=env, check=True, capture_output=True, timeout=60)
+    done = command(
+        "pull", "acme/Tiny_BERT", "--dtype", "float32", "--models", str(tmp_path / "m"), HF_HUB_OFFLINE="1", HF_HOME=env["HF_HOME"]
+    )
+    assert done.returncode == 0, done.stderr
+    source = Repository(tmp_path / "m").manifest("tiny_bert").source
+    assert source is not None and (source.kind, source.id, source.revision) == ("hub", "acme/Tiny_BERT", COMMIT)
+
+
+def test_other_architectures_go_through_the_exporter(repository: Repository, tmp_path: Path) -> None:
+    electra = {"model_type": "electra", "architectures": ["ElectraModel"], "embedding_size": HIDDEN, "max_position_embeddings": 512}
+    manifest = pull(str(checkpoint(tmp_path / "electra", **electra)), repository, dtype="float32").manifest
+    assert (manifest.form, manifest.architecture, manifest.pooling, manifest.hidden_size) == ("padded", "electra", "cls", HIDDEN)
+    assert manifest.parity["error"] < 1e-3
+    assert repository.verify("electra").tokenizer is not None
+
+
 def test_no_network_is_one_paragraph(tmp_path: Path, repository: Repository) -> None:
     done = command("pull", "acme/tiny", "--models", str(tmp_path / "m"), HF_ENDPOINT="http://127.0.0.1:1")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "pull again" in done.stderr

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from server.errors import InvalidArgument, ManifestInvalid, ModelNotFound, ModelRejected, UnderstudyError, VersionNotFound
+from server.runtime.manifest import Manifest
 from server.runtime.onnx_scan import scan_onnx
 from server.runtime.repository import Repository
 from server.runtime.verify import MANIFEST, check_name, check_tokenizer, parse_manifest, sha256_of
@@ -243,6 +244,23 @@ def test_manifests_that_contradict_say_which_key(change: dict[str, Any], says: s
     base = {"name": "m", "version": "1", **RAW, "files": {"model.onnx": {"sha256": "0" * 64, "size": 1}}}
     with pytest.raises(ManifestInvalid, match=says):
         parse_manifest(json.dumps(base | change).encode(), "m/1/manifest.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*Manifest.model_fields, "nonsense"]), JSON, max_size=6))
+def test_manifests_of_any_shape_are_taken_or_refused(change: dict[str, Any]) -> None:
+    base = {"name": "m", "version": "1", **RAW, "files": {"model.onnx": {"sha256": "0" * 64, "size": 1}}}
+    try:
+        parse_manifest(json.dumps(base | change).encode(), "m/1/manifest.json")
+    except ManifestInvalid as error:
+        assert error.message.startswith("m/1/manifest.json") and len(error.message) < 800
 
 
 def save(tmp_path: Path, model: onnx.ModelProto) -> Path:

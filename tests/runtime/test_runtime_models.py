@@ -138,13 +138,13 @@ async def test_nothing_of_a_failed_load_stays_in_memory(runtime: Runtime, models
     path.write_text(json.dumps(manifest))
     broken = Runtime(repository, make_loader(RuntimeConfig(threads=1), NullObserver()))
     threads = []
-    for _ in range(4):
+    for _ in range(8):
         with pytest.raises(ModelRejected, match=r"tokenizer\.json"):
             await broken.load("broken")
         threads.append(len(os.listdir("/proc/self/task")))
         (status,) = broken.loaded()
         assert (status.state, status.memory_bytes, status.in_use) == (ModelState.FAILED, 0, 0)
-    assert threads[-1] == threads[0], threads
+    assert threads[-1] <= threads[0] + 2, threads  # those of the event loop's executor; an engine left over each time would be 7
     await broken.close()
 
 
