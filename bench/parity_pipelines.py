@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from server.core import Call, Task
 from server.runtime.encoder import EncoderModel
 from server.runtime.engine import Engine, GraphForm
-from server.runtime.graphs.checkpoint import read_checkpoint
-from server.runtime.graphs.writer import write_graph
+from server.runtime.graphs.build import build
 from server.runtime.manifest import Manifest
 from server.runtime.sessions import Sessions
 from server.runtime.tokenizers import TextTokenizer
@@ -281,14 +280,11 @@ def _labels(items: Sequence[Any]) -> list[Any]:
 async def served(folder: Path, out: Path, task: Task, **manifest_fields: Any) -> AsyncIterator[EncoderModel]:
     """The model of `folder` as the server runs it: our graph in fp32, engine and tasks."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = read_checkpoint(folder, task)
-    write_graph(checkpoint, {}, out / "model.onnx")
-    types = checkpoint.config.token_types > 0
-    fields: dict[str, Any] = {"name": "parity", "version": "1", "task": task, "form": "packed", "files": {}}
-    fields |= {"max_tokens": MAX_TOKENS, "token_types": types, "labels": list(checkpoint.config.labels)}
-    manifest = Manifest(**fields | {"hidden_size": checkpoint.config.hidden} | manifest_fields)
-    tokenizer = TextTokenizer.load(folder / "tokenizer.json", max_tokens=MAX_TOKENS, token_types=types)
-    session = Sessions().open(out / "model.onnx")
+    built = build(folder, out, task=task, form="float32")
+    manifest = Manifest(**{"name": "parity", "version": "1", "files": {}} | dict(built.manifest) | manifest_fields)
+    assert manifest.max_tokens == MAX_TOKENS, "the model is as long as its tokenizer says"
+    tokenizer = TextTokenizer.load(folder / "tokenizer.json", max_tokens=MAX_TOKENS, token_types=manifest.token_types)
+    session = Sessions().open(built.model)
     engine = Engine(session, GraphForm.of(manifest))
     try:
         yield EncoderModel(manifest, tokenizer, engine)

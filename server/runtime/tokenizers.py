@@ -50,6 +50,7 @@ class TextTokenizer:
         self.unknown_id = unknown_id
         self.word_aware = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
         self.max_characters = CHARACTERS_PER_TOKEN * max_tokens
+        self._typed_alone = any(tokenizer.encode("a").type_ids)
         self._added = (tokenizer.num_special_tokens_to_add(False), tokenizer.num_special_tokens_to_add(True))
 
     @classmethod
@@ -106,10 +107,13 @@ class TextTokenizer:
                 return [InvalidArgument(f"The model's tokenizer cannot encode the text: {str(error)[:200]}.")]
         return [self.encode([one], offsets=offsets)[0] for one in inputs]
 
-    def tokens(self, encoding: Any, positions: IntArray | None = None) -> Tokens:
-        """The arrays that an engine takes, of the whole encoding or of some of its positions."""
+    def tokens(self, encoding: Any, positions: IntArray | None = None, *, pair: bool = True) -> Tokens:
+        """The arrays that an engine takes, of the whole encoding or of some of its positions.
+
+        Types of a text that is no `pair` are left out where the template gives them all 0, which is what None stands for.
+        """
         ids = np.array(encoding.ids, dtype=np.int64)
-        type_ids = np.array(encoding.type_ids, dtype=np.int64) if self.token_types else None
+        type_ids = np.array(encoding.type_ids, dtype=np.int64) if self.token_types and (pair or self._typed_alone) else None
         if positions is not None:
             ids = ids[positions]
             type_ids = None if type_ids is None else type_ids[positions]
@@ -141,7 +145,9 @@ class TextTokenizer:
             return encoding
         if not cut:
             length = len(encoding)
-            return self.tokens(encoding) if length <= self.max_tokens else too_long(field, length, self.max_tokens)
+            if length > self.max_tokens:
+                return too_long(field, length, self.max_tokens)
+            return self.tokens(encoding, pair=isinstance(one, tuple))
         clipped = any(len(part) > self.max_characters for part in _parts(one))
         characters = self.max_characters
         while clipped and len(encoding) <= self.max_tokens:

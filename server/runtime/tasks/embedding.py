@@ -12,7 +12,8 @@ from server.runtime.engine import Pool
 from server.runtime.tasks.stages import Account, Parts, check_count, check_items, run_items, tokenize
 
 Pooling = Literal["mean", "cls", "last"]
-InputKind = Literal["", "query", "passage"]
+POOLINGS = get_args(Pooling)
+INPUT_KINDS = ("", "query", "passage")
 
 
 @dataclass(slots=True, frozen=True)
@@ -31,10 +32,10 @@ def pool_of(parts: Parts, options: EmbedOptions) -> Pool:
     manifest = parts.manifest
     if manifest.task != Task.FEATURE_EXTRACTION:
         raise parts.refuse_task("an embedding", "a model of the task feature-extraction")
-    if options.kind not in get_args(InputKind):
+    if options.kind not in INPUT_KINDS:
         raise InvalidArgument(f"input_type is {options.kind!r}; expected 'query', 'passage' or nothing.", field="input_type")
     kind = options.pooling or ("mean" if manifest.pooling == "none" else manifest.pooling)
-    if kind not in get_args(Pooling):
+    if kind not in POOLINGS:
         raise InvalidArgument(f"pooling is {kind!r}; expected one of mean, cls, last.", field="pooling")
     dimensions = options.dimensions or None
     if dimensions is not None:
