@@ -1,7 +1,7 @@
 """`python -m trainer.export SOURCE OUT --task TASK`: any Hugging Face encoder to ONNX, through optimum; run as a process.
 
-Writes OUT/model.onnx in the padded form, OUT/tokenizer.json and OUT/manifest.json (the fields that the export decides). Exits with 1 and one
-paragraph on the error stream if the graph does not answer as the original does.
+Writes OUT/model.onnx in the padded form, OUT/tokenizer.json and OUT/manifest.json (the fields that the export decides). Exits with 1 and
+one paragraph on the error stream if the graph does not answer as the original does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write to; made if absent")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--dtype", choices=["float32", "int8"], default="float32")
-    parser.add_argument("--stock", action="store_true", help="as optimum makes it for this CPU: fused, int8 with scales over the whole batch")
+    parser.add_argument(
+        "--stock", action="store_true", help="as optimum makes it for this CPU: fused, int8 with scales over the whole batch"
+    )
     given = parser.parse_args(arguments)
     options = ExportOptions(task=Task(given.task), dtype=given.dtype, stock=given.stock)
     try:

@@ -18,7 +18,10 @@ _PAIRS = (Task.TEXT_RANKING, Task.QUESTION_ANSWERING, Task.ZERO_SHOT_CLASSIFICAT
 
 
 def compare(source: Path, out: Path, task: Task) -> Figures:
-    """`error`: RMS of the differences over RMS of the values, padding left out; `max_error`: the largest difference over the largest value."""
+    """How far the graph in `out` is from the model in `source`, padding left out.
+
+    `error`: RMS of the differences over RMS of the values; `max_error`: the largest difference over the largest value.
+    """
     import torch
     from transformers import AutoTokenizer
 

@@ -1,7 +1,8 @@
 """Encoders that we write no graph for: exported by optimum, fused by ONNX Runtime, quantized, and checked against the original.
 
-int8 here means 8-bit weights in blocks of 32, multiplied with rows that are quantized block by block as they come (MatMulNBits): no row's answer depends
-on its neighbours, as it would with the scale over the whole batch that optimum's own int8 uses (`stock`, kept as a baseline to measure against).
+int8 here means 8-bit weights in blocks of 32, multiplied with rows that are quantized block by block as they come (MatMulNBits): no row's
+answer depends on its neighbours, as it would with the scale over the whole batch that optimum's own int8 uses (`stock`, kept as a baseline
+to measure against).
 """
 
 from __future__ import annotations
@@ -61,12 +62,17 @@ def export(source: Path, out: Path, options: ExportOptions) -> Figures:
         if not options.stock and not figures["error"] <= limit:
             shutil.rmtree(out)
             raise ModelRejected(
-                f"The exported graph does not answer as the original: its relative error is {figures['error']:.3g}, at most {limit:g} is allowed. "
-                "Export it in float32, or convert it elsewhere and pull the ONNX file.",
-                **{name: f"{value:.6g}" for name, value in figures.items()},
+                f"The exported graph does not answer as the original: its relative error is {figures['error']:.3g}, "
+                f"at most {limit:g} is allowed. Export it in float32, or convert it elsewhere and pull the ONNX file.",
+                figures=", ".join(f"{name}={value:.6g}" for name, value in figures.items()),
             )
     config = read_json(source / "config.json")
-    manifest: dict[str, Any] = {**fields, "task": options.task.value, "architecture": str(config.get("model_type", ""))[:64], "parity": figures}
+    manifest: dict[str, Any] = {
+        **fields,
+        "task": options.task.value,
+        "architecture": str(config.get("model_type", ""))[:64],
+        "parity": figures,
+    }
     if graph is not fused:
         method = "dynamic-per-tensor" if options.stock else "weights-8-bit-blocks"
         manifest |= {"dtype": "int8", "quantization": {"method": method, "weight_bits": 8, "layers": {}}}
@@ -104,7 +110,9 @@ def _fuse(plain: Path, target: Path, source: Path) -> Path:
     heads = config.get("num_attention_heads") or config.get("n_heads") or 0
     hidden = config.get("hidden_size") or config.get("dim") or 0
     # The order of optimum's level O2: ONNX Runtime's own basic passes, then the patterns of BERT, which are those of most encoders.
-    model = optimize_model(str(plain), model_type="bert", num_heads=heads, hidden_size=hidden, optimization_options=FusionOptions("bert"), opt_level=1)
+    model = optimize_model(
+        str(plain), model_type="bert", num_heads=heads, hidden_size=hidden, optimization_options=FusionOptions("bert"), opt_level=1
+    )
     model.save_model_to_file(str(target), use_external_data_format=plain.with_name("model.onnx_data").exists())
     return target
 
@@ -121,7 +129,10 @@ def _quantize_blocks(fused: Path, target: Path) -> Path:
 
 
 def _quantize_as_optimum(fused: Path, target: Path) -> Path:
-    """What optimum's configurations "avx512_vnni" and "avx2" ask of ONNX Runtime; called directly, for optimum loses the types of fused nodes."""
+    """What optimum's configurations "avx512_vnni" and "avx2" ask of ONNX Runtime.
+
+    Not called through optimum, which gives no way to state the type of fused nodes' results.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -1,6 +1,7 @@
 """What one encoder architecture is, as data: how its files name things, and its quirks.
 
-Every architecture here is a post-norm transformer encoder: embeddings + norm, then per layer attention, add + norm, feed-forward, add + norm.
+Every architecture here is a post-norm transformer encoder: embeddings + norm, then per layer attention, add + norm, feed-forward, add +
+norm.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ CONFIG_KEYS: Mapping[str, str] = {
 class Architecture:
     """Names and quirks.
 
-    `tensors` maps our names to the checkpoint's, without `.weight`/`.bias` and without `prefix`; `{i}` is the layer's number. Our names: word,
-    position, token_type, embed_norm, query, key, value, out, norm1, up, down, norm2, and relative_bias.
-    `position_offset`: row of the position table that belongs to a sequence's first token, as a number or "after-padding" (pad_token_id + 1).
+    `tensors` maps our names to the checkpoint's, without `.weight`/`.bias` and without `prefix`; `{i}` is the layer's number. Our names:
+    word, position, token_type, embed_norm, query, key, value, out, norm1, up, down, norm2, and relative_bias.
+    `position_offset`: row of the position table that belongs to a sequence's first token, as a number or "after-padding" (pad_token_id +
+    1).
     `epsilon`: the norms' epsilon where the configuration does not carry one, else None (layer_norm_eps is read).
     """
 

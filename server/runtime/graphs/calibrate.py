@@ -67,8 +67,8 @@ def check_tokens(model: Checkpoint, batch: Packed) -> None:
     kinds = 1 if model.token_type is None else len(model.token_type)
     if batch.ids.max() >= len(model.word) or (kinds > 1 and batch.types.max() >= kinds):
         raise ModelRejected(
-            f"tokenizer.json makes token {batch.ids.max()} of type {batch.types.max()}, but the model has {len(model.word)} tokens and {kinds} types; "
-            "take the tokenizer that belongs to these weights.",
+            f"tokenizer.json makes token {batch.ids.max()} of type {batch.types.max()}, "
+            f"but the model has {len(model.word)} tokens and {kinds} types; take the tokenizer that belongs to these weights.",
             field="tokenizer.json",
         )
 

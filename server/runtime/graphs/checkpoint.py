@@ -84,7 +84,8 @@ def read_checkpoint(folder: Path, task: Task) -> Checkpoint:
     if kind is not HeadKind.HIDDEN and has is not None and has is not kind:
         tasks = [t.value for t, k in HEAD_OF_TASK.items() if k is has]
         raise TaskNotSupported(
-            f"The checkpoint is a {config.architecture}, which has no head for {task.value!r}; it can do {', '.join(tasks)}.", task=task.value
+            f"The checkpoint is a {config.architecture}, which has no head for {task.value!r}; it can do {', '.join(tasks)}.",
+            task=task.value,
         )
     return _Reader(config, open_tensors(folder)).read(kind)
 
@@ -159,8 +160,8 @@ class _Reader:
         for (base, activation), inputs, outputs in zip(dense, widths, widths[1:], strict=False):
             if f"{base}.weight" not in self.tensors:
                 raise ModelRejected(
-                    f"The checkpoint ({self.config.architecture or self.config.model_type}) has no tensor '{base}.weight', so no head for this task; "
-                    "name the task it was trained for, or use feature-extraction.",
+                    f"The checkpoint ({self.config.architecture or self.config.model_type}) has no tensor '{base}.weight', "
+                    "so no head for this task; name the task it was trained for, or use feature-extraction.",
                     tensor=f"{base}.weight",
                 )
             layers.append(self._dense(base, inputs, outputs, activation))

@@ -115,7 +115,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelRejected(f"{path.name} is {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read.", field=path.name)
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelRejected(f"There is no {path.name} in the model's folder; copy it from where the weights came.", field=path.name) from None
+        raise ModelRejected(
+            f"There is no {path.name} in the model's folder; copy it from where the weights came.", field=path.name
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ModelRejected(f"{path.name} is not JSON ({type(error).__name__}); download it again.", field=path.name) from None
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from server.core import FloatArray
 from server.errors import ModelRejected
@@ -37,9 +38,9 @@ def run_graph(path: Path, model: Checkpoint, batch: Packed) -> FloatArray:
 def measure(kind: HeadKind, got: FloatArray, want: FloatArray, cu: np.ndarray) -> dict[str, float]:
     """Figures of agreement between two outputs of a packed graph.
 
-    max_error: largest difference over the largest value. For hidden states, cosines of each sequence's mean vector. For logits, logit_error: RMS of the
-    differences over RMS of the values; agreement: share of rows whose greatest class is the same, not counting rows where the two best are closer
-    together than twice the RMS difference.
+    max_error: largest difference over the largest value. For hidden states, cosines of each sequence's mean vector. For logits,
+    logit_error: RMS of the differences over RMS of the values; agreement: share of rows whose greatest class is the same, not counting
+    rows where the two best are closer together than twice the RMS difference.
     """
     difference = got.astype(np.float64) - want
     figures = {"max_error": float(np.abs(difference).max() / max(np.abs(want).max(), 1e-30))}
@@ -49,14 +50,13 @@ def measure(kind: HeadKind, got: FloatArray, want: FloatArray, cu: np.ndarray) -
     rms = float(np.sqrt(np.square(difference).mean()))
     figures["logit_error"] = rms / max(float(np.sqrt(np.square(want, dtype=np.float64).mean())), 1e-30)
     figures["cosine_min"] = float(_cosine(got.reshape(1, -1), want.reshape(1, -1))[0])
-    # The two outputs of question answering are no classes: each is compared along the text instead.
-    rows = want if kind is not HeadKind.QUESTION else np.empty((0, 2))
-    figures["agreement"] = _agreement(got, rows, rms)
+    # The two outputs of question answering, start and end, are no classes.
+    figures["agreement"] = _agreement(got, want, rms) if kind is not HeadKind.QUESTION else 1.0
     return figures
 
 
 def _agreement(got: FloatArray, want: FloatArray, rms: float) -> float:
-    if len(want) == 0 or want.shape[1] < 2:
+    if want.shape[1] < 2:
         return 1.0
     best = np.sort(want, axis=1)
     clear = best[:, -1] - best[:, -2] > 2 * rms
@@ -73,21 +73,17 @@ def failures(figures: Mapping[str, float], limits: Tolerances) -> list[str]:
 
 
 def require(figures: Mapping[str, float], limits: Tolerances, mend: str) -> None:
-    """Raises ModelRejected, with the figures as metadata, if any is out of tolerance."""
+    """Raises ModelRejected, with all figures in metadata `figures`, if any is out of tolerance."""
     wrong = failures(figures, limits)
     if wrong:
-        shown = {name: f"{value:.6g}" for name, value in figures.items()}
-        raise ModelRejected(f"The exported graph does not answer as the original: {'; '.join(wrong)}. {mend}", **shown)
+        shown = ", ".join(f"{name}={value:.6g}" for name, value in figures.items())
+        raise ModelRejected(f"The exported graph does not answer as the original: {'; '.join(wrong)}. {mend}", figures=shown)
 
 
-def _means(hidden: FloatArray, cu: np.ndarray) -> FloatArray:
-    counts = np.diff(cu)[:, None]
-    means: FloatArray = np.add.reduceat(hidden.astype(np.float64), cu[:-1], axis=0) / counts
-    return means
+def _means(hidden: FloatArray, cu: np.ndarray) -> npt.NDArray[np.float64]:
+    return np.asarray(np.add.reduceat(hidden.astype(np.float64), cu[:-1], axis=0) / np.diff(cu)[:, None])
 
 
-def _cosine(a: FloatArray, b: FloatArray) -> FloatArray:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+def _cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine: FloatArray = (a * b).sum(axis=1) / np.maximum(norms, 1e-30)
-    return cosine
+    return np.asarray((a * b).sum(axis=1, dtype=np.float64) / np.maximum(norms, 1e-30))

@@ -1,8 +1,9 @@
 """One matrix product in int8: smoothing, scales, rounding, and the error that each choice makes on calibration rows.
 
-Activations u8, weights s8. Before AVX-512 VNNI, x86 adds u8 x s8 products in pairs into 16 bits with saturation (vpmaddubsw), which is usually
-answered by 7-bit weights. We keep 8 bits and hold a weaker bound that is enough: of the rows (2i, 2i+1) that form a pair, positive weights sum to
-at most 128 and negative ones to at least -128, so that 255 * sum stays within 16 bits. Few pairs come near it, and one file is exact on every CPU.
+Activations u8, weights s8. Before AVX-512 VNNI, x86 adds u8 x s8 products in pairs into 16 bits with saturation (vpmaddubsw), which is
+usually answered by 7-bit weights. We keep 8 bits and hold a weaker bound that is enough: of the rows (2i, 2i+1) that form a pair, positive
+weights sum to at most 128 and negative ones to at least -128, so that 255 * sum stays within 16 bits. Few pairs come near it, and one file
+is exact on every CPU.
 
 Sources: SmoothQuant (arXiv 2211.10438, eq. 4) for the migration, GPTQ (arXiv 2210.17323, alg. 1) for the rounding.
 """
@@ -52,7 +53,8 @@ class _Rows:
     def round(self, x: FloatArray) -> FloatArray:
         """The values that the u8 stand for."""
         q = np.clip(np.rint(x * np.float32(1 / self.scale)) + np.float32(self.zero_point), 0, 255)
-        return (q - np.float32(self.zero_point)) * np.float32(self.scale)
+        values: FloatArray = (q - np.float32(self.zero_point)) * np.float32(self.scale)
+        return values
 
 
 def quantize_product(x: FloatArray, dense: Dense, sample: np.ndarray, forms: Sequence[str] = ("static", "row")) -> Choice:
@@ -106,7 +108,8 @@ def _round_rows(rows: FloatArray, static: _Rows | None) -> FloatArray:
     if static is not None:
         return static.round(rows)
     scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), TINY) / 127
-    return np.rint(rows / scale) * scale
+    values: FloatArray = np.rint(rows / scale) * scale
+    return values
 
 
 def _static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: FloatArray) -> _Rows:
@@ -127,7 +130,10 @@ def _static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: Flo
 
 
 def round_weights(weight: FloatArray, importance: FloatArray, clips: Sequence[float] = WEIGHT_CLIPS) -> tuple[np.ndarray, FloatArray]:
-    """Pair-safe s8 weights float32[K, N] (whole numbers) and their scale float32[N], by least error weighted with `importance` float32[K]."""
+    """Pair-safe s8 weights float32[K, N] (whole numbers) and their scale float32[N].
+
+    Scales are those of least error, the error of row k counting `importance[k]` times.
+    """
     high = np.maximum(np.abs(weight).max(axis=0), TINY)
     best_error = np.full(weight.shape[1], np.inf, dtype=np.float32)
     best_scale = high / 127

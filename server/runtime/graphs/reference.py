@@ -1,10 +1,12 @@
 """The encoders in NumPy: what a graph's answers are checked against where torch is not installed, and where calibration looks inside.
 
-Written from the papers' formulas (post-norm transformer encoder, exact GELU), not from the graph writer, and shares nothing with it but the checkpoint.
+Written from the papers' formulas (post-norm transformer encoder, exact GELU), not from the graph writer, and shares nothing with it but
+the checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,14 +80,15 @@ def forward(model: Checkpoint, batch: Packed, multiply: Multiply = exact) -> tup
 def _norm(x: FloatArray, norm: Norm, epsilon: float) -> FloatArray:
     centred = x - x.mean(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)
     variance = np.square(centred).mean(axis=-1, keepdims=True, dtype=np.float64)
-    return (centred * (1 / np.sqrt(variance + epsilon)).astype(np.float32)) * norm.gamma + norm.beta
+    y: FloatArray = centred * (1 / np.sqrt(variance + epsilon)).astype(np.float32) * norm.gamma + norm.beta
+    return y
 
 
 def _attention(qkv: FloatArray, cu: np.ndarray, heads: int, bias: FloatArray | None) -> FloatArray:
     tokens, width = qkv.shape[0], qkv.shape[1] // 3
     parts = qkv.reshape(tokens, 3, heads, width // heads)
     out = np.empty((tokens, heads, width // heads), dtype=np.float32)
-    for start, end in zip(cu[:-1], cu[1:], strict=True):
+    for start, end in itertools.pairwise(cu):
         q, k, v = (np.ascontiguousarray(parts[start:end, j].transpose(1, 0, 2)) for j in range(3))
         scores = (q @ k.transpose(0, 2, 1)) / np.float32(math.sqrt(width // heads))
         if bias is not None:
@@ -101,8 +104,10 @@ def _attention(qkv: FloatArray, cu: np.ndarray, heads: int, bias: FloatArray | N
 def gelu(x: FloatArray, approximate: bool) -> FloatArray:
     """GELU of Hendrycks & Gimpel (arXiv 1606.08415): x Phi(x), or its tanh approximation."""
     if approximate:
-        return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
-    return (0.5 * x * (1 + _erf(x * np.float32(math.sqrt(0.5))))).astype(np.float32)
+        tanh: FloatArray = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        return 0.5 * x * (1 + tanh)
+    y: FloatArray = 0.5 * x * (1 + _erf(x * np.float32(math.sqrt(0.5))))
+    return y
 
 
 def _erf(x: FloatArray) -> FloatArray:
@@ -110,4 +115,5 @@ def _erf(x: FloatArray) -> FloatArray:
     magnitude = np.abs(x)
     t = 1 / (1 + np.float32(0.3275911) * magnitude)
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * np.float32(1.061405429)))))
-    return np.copysign(1 - poly * np.exp(-np.square(magnitude)), x).astype(np.float32)
+    y: FloatArray = np.copysign(1 - poly * np.exp(-np.square(magnitude)), x).astype(np.float32)
+    return y

@@ -90,7 +90,9 @@ def open_tensors(folder: Path) -> Tensors:
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-                raise ModelRejected(f"model.safetensors.index.json names {name[:80]!r}, which is no safetensors file beside it.", field=index.name)
+                raise ModelRejected(
+                    f"model.safetensors.index.json names {name[:80]!r}, which is no safetensors file beside it.", field=index.name
+                )
         return Tensors({key: entry for name in names for key, entry in _read_header(folder / name).items()})
     pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
     if pickled:

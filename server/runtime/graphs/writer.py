@@ -1,7 +1,8 @@
 """Writes an encoder as an ONNX graph over packed tokens, with our operators between the matrix products.
 
 Shapes: T tokens of all sequences end to end, S sequences. Inputs and outputs are stated in server/runtime/manifest.py. A product is either
-fp32 (MatMul) or int8 (MatMulIntegerToFloat of ONNX Runtime); its bias, and in the per-row form its row scales, are applied by whatever reads it.
+fp32 (MatMul) or int8 (MatMulIntegerToFloat of ONNX Runtime); its bias, and in the per-row form its row scales, are applied by whatever
+reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -69,8 +71,9 @@ class _Graph:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
 
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    def constant(self, name: str, value: npt.ArrayLike) -> str:
+        # asarray(order="C") and not ascontiguousarray, which would make a vector of a scalar.
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
     def node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
@@ -118,7 +121,8 @@ class _Writer:
         output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
         graph = helper.make_graph(self.graph.nodes, self.model.config.model_type, inputs, [output], self.graph.initializers)
         domains = [("", OPSET), (DOMAIN, 1), ("com.microsoft", 1)]
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid(d, v) for d, v in domains], ir_version=10, producer_name="understudy")
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="understudy")
 
     def _encoder(self) -> str:
         x, operand = self._embed()
@@ -144,7 +148,8 @@ class _Writer:
         q, scale = f"{y}.q", f"{y}.scale" if quantized.row else ""
         outputs = [*([y] if keep else []), q, *([scale] if scale else [])]
         # Inputs are positional: absent ones before mult stay as empty names.
-        self.graph.node(f"{op}Q", [*inputs, mult], outputs, DOMAIN, zero_point=quantized.zero_point, per_row=int(quantized.row), **attributes)
+        attributes |= {"zero_point": quantized.zero_point, "per_row": int(quantized.row)}
+        self.graph.node(f"{op}Q", [*inputs, mult], outputs, DOMAIN, **attributes)
         return _Operand(q, scale)
 
     def _norm_inputs(self, name: str, norm: Norm) -> list[str]:
@@ -161,7 +166,8 @@ class _Writer:
 
     def _attention(self, layer: str, qkv: _Raw) -> _Operand:
         inputs = [qkv.name, "cu_seqlens", qkv.row_scale, qkv.bias, self.relative_bias]
-        return self._emit("PackedAttention", inputs, f"{layer}.context", f"{layer}.out", keep=False, num_heads=self.model.config.heads, scale=0.0)
+        heads = self.model.config.heads
+        return self._emit("PackedAttention", inputs, f"{layer}.context", f"{layer}.out", keep=False, num_heads=heads, scale=0.0)
 
     def _add_norm(self, name: str, x: _Raw, residual: str, norm: Norm, following: str) -> tuple[str, _Operand]:
         inputs = [x.name, x.row_scale, x.bias, residual, *self._norm_inputs(name, norm)]
