@@ -406,7 +406,7 @@ def bad_enum(rng: random.Random, target: Target) -> Case:
 def bad_item(rng: random.Random, target: Target) -> Case:
     """The call is right and its items are not: each has an error of its own."""
     model = {"name": target.embedder}
-    long = rng.choice(["card ", "é", "漢", "a-"]) * (target.max_tokens * 3)
+    long = rng.choice(["card ", "é ", "漢", "a-"]) * (target.max_tokens * 3)
     texts = rng.choice([[""], ["", ""], [long], [long, ""]])
     reasons = frozenset({"INVALID_ARGUMENT", "INPUT_TOO_LONG"})
     if rng.random() < 0.3:
