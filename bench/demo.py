@@ -1,5 +1,6 @@
-"""`make demo`: the whole loop on real text. A teacher answers everything; the server keeps what it said; the trainer makes a student of it; the
-running server takes the student over; the same traffic then costs a fraction. The teacher is a SIMULATION (bench/teacher_simulation.py).
+"""`make demo`: the whole loop on real text. A teacher answers everything; the server keeps what it said; the trainer makes a student of
+it; the running server takes the student over; the same traffic then costs a fraction. The teacher is a SIMULATION
+(bench/teacher_simulation.py).
 
 Banking77 is used where UNDERSTUDY_SHARED (default: ../shared) has it, else examples/support_intents.jsonl.
 """
@@ -358,7 +359,8 @@ def as_table(outcome: dict[str, Any]) -> str:
     saved = 1 - outcome["after"]["usd_per_thousand"] / max(outcome["teacher_alone"]["usd_per_thousand"], 1e-12)
     lines += [
         "",
-        f"{saved:.0%} of the bill saved; local answers were right on {outcome['local_accuracy']:.1%}; the whole loop took {outcome['total_s']:.0f} s.",
+        f"{saved:.0%} of the bill saved; local answers were right on {outcome['local_accuracy']:.1%}.",
+        f"The whole loop took {outcome['total_s']:.0f} s.",
         "The teacher was a SIMULATION: its accuracy and prices are assumptions, the student's figures are measured.",
     ]
     return "\n".join(lines)

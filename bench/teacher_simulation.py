@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -47,7 +48,7 @@ def _confusable(name: str, names: Sequence[str]) -> list[str]:
 
 
 class HttpServer:
-    """HTTP/1.1 with keep-alive, as little of it as the protocol needs: the load of the simulation is not what a demonstration should measure."""
+    """HTTP/1.1 with keep-alive, as little of it as the protocol needs: the simulation's own load is not what is to be measured."""
 
     def __init__(self, teacher: SimulatedTeacher, latency_s: float) -> None:
         self.requests = 0
@@ -118,7 +119,5 @@ if __name__ == "__main__":
     parser.add_argument("--accuracy", type=float, default=0.91)
     parser.add_argument("--latency-ms", type=float, default=30.0)
     parser.add_argument("--port", type=int, default=0)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_main(parser.parse_args()))
-    except KeyboardInterrupt:
-        pass

@@ -25,7 +25,7 @@ Float64Array = npt.NDArray[np.float64]
 # Below it a share is noise: a bar on it would promise what nobody measured.
 MIN_ROWS = 50
 _RIDGE = 1e-2
-_CEILINGS = np.linspace(0.6, 1.0, 41)
+_CEILINGS = np.linspace(0.6, 1.0, 21)
 _EPSILON = 1e-7
 
 

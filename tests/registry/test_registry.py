@@ -1,0 +1,148 @@
+"""The registry keeps what outlives a process, on SQLite and, where its binaries are installed, on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from server.config import RegistryConfig
+from server.errors import FailedPrecondition, Unavailable
+from server.registry.registry import Adapter, Registry
+
+
+def postgres_binaries() -> Path | None:
+    for folder in [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path(shutil.which("initdb") or "/-").parent]:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    return None
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server of our own, on a free port."""
+    binaries = postgres_binaries()
+    if binaries is None or find_spec("psycopg") is None:
+        pytest.skip("PostgreSQL's server binaries or psycopg are not installed")
+    folder = tmp_path_factory.mktemp("postgres")
+    user = {}
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        nobody = pwd.getpwnam("nobody")
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
+        for part in (folder, *folder.parents[:-1]):
+            if part == folder:
+                os.chown(part, nobody.pw_uid, nobody.pw_gid)
+            elif part.stat().st_uid == 0 and "pytest" in str(part):
+                part.chmod(0o755)
+    data = folder / "data"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
+    subprocess.run([binaries / "initdb", "-D", data, "-U", "understudy", "-A", "trust", "--no-sync"], check=True, **quiet, **user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+    server = subprocess.Popen([binaries / "postgres", "-D", data, "-p", str(port), *options], **quiet, **user)
+    try:
+        ready = [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-t", "1"]
+        for _ in range(300):
+            if subprocess.run(ready, check=False, **quiet).returncode == 0:
+                break
+            assert server.poll() is None, "PostgreSQL ended"
+        yield f"postgresql+psycopg://understudy@127.0.0.1:{port}/postgres"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres"))
+    return f"sqlite:///{tmp_path}/new/folder/registry.db"
+
+
+@pytest.fixture
+def registry(url: str) -> Iterator[Registry]:
+    opened = Registry(RegistryConfig(url=url))
+    yield opened
+    opened.close()
+
+
+def adapter(skill: str, version: str, job: str) -> Adapter:
+    return Adapter(skill, version, "linear-head", "base@1", "0" * 64, {"accuracy": 0.9}, job)
+
+
+def test_a_jobs_life(registry: Registry, tmp_path: Path) -> None:
+    skill = tmp_path.name
+    job = registry.start_job(skill, "linear-head")
+    assert [found.state for found in registry.jobs(skill)] == ["running"]
+    registry.heartbeat(job)
+    dataset = registry.add_dataset(job, 3, "f" * 64, [(f"{skill}-1", False), (f"{skill}-2", True)])
+    assert len(dataset) == 32
+    registry.add_adapter(adapter(skill, "1", job))
+    registry.end_job(job, "succeeded", report={"accuracy": 0.9})
+    (found,) = registry.jobs(skill)
+    assert (found.state, found.report, found.error) == ("succeeded", {"accuracy": 0.9}, "")
+    assert found.end_ms is not None and found.end_ms >= found.create_ms
+    assert [one.version for one in registry.adapters(skill)] == ["1"]
+    assert [one.version for one in registry.adapters_with(f"{skill}-2")] == ["1"]
+    assert registry.adapters_with("another") == []
+
+
+def test_versions_are_written_once(registry: Registry, tmp_path: Path) -> None:
+    skill = tmp_path.name
+    job = registry.start_job(skill, "linear-head")
+    registry.add_adapter(adapter(skill, "1", job))
+    with pytest.raises(FailedPrecondition, match="already"):
+        registry.add_adapter(adapter(skill, "1", job))
+
+
+def test_feedback_is_kept_once_by_its_request(registry: Registry, tmp_path: Path) -> None:
+    request = tmp_path.name
+    assert registry.feedback_of(request) is None
+    kept: list[dict[str, object]] = []
+    threads = [threading.Thread(target=lambda n=n: kept.append(registry.keep_feedback(request, {"n": n}))) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kept) == 6 and all(one == kept[0] for one in kept), "everyone is told of the first"
+    assert registry.feedback_of(request) == kept[0]
+
+
+def test_processes_that_open_a_new_database_at_once_all_succeed(url: str) -> None:
+    script = """
+import sys
+from server.config import RegistryConfig
+from server.registry.registry import Registry
+registry = Registry(RegistryConfig(url=sys.argv[1]))
+registry.start_job("race", "linear-head")
+registry.close()
+"""
+    running = [subprocess.Popen([sys.executable, "-c", script, url], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ends = [(process.communicate()[1], process.returncode) for process in running]
+    assert [code for _, code in ends] == [0, 0, 0, 0], ends
+    registry = Registry(RegistryConfig(url=url))
+    assert len(registry.jobs("race")) == 4
+    registry.close()
+
+
+def test_a_database_that_is_away_says_so_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("psycopg") is None:
+        pytest.skip("psycopg is not installed")
+    monkeypatch.setenv("REGISTRY_PASSWORD", "hunter2-very-secret")
+    config = RegistryConfig(url="postgresql+psycopg://understudy@127.0.0.1:1/none", password_env="REGISTRY_PASSWORD")
+    registry = Registry(config)
+    with pytest.raises(Unavailable) as caught:
+        registry.jobs("s")
+    assert "hunter2" not in str(caught.value) + repr(registry) + repr(config)
+    assert caught.value.retry_after_s
