@@ -11,23 +11,19 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from server.core import Call, FloatArray, Label, Results
+from server.core import FloatArray
 from server.errors import AlreadyExists, InvalidArgument, ManifestInvalid, ModelRejected
 from server.runtime.manifest import FileEntry, FileName, Name, Sha256, Version
 from server.runtime.onnx_scan import scan_onnx
 from server.runtime.ort import import_ort
-from server.runtime.tasks.classification import ranked_labels, sigmoid, softmax
+from server.runtime.tasks.classification import sigmoid, softmax
 from server.runtime.verify import entry_of, sha256_of
-
-if TYPE_CHECKING:
-    from server.runtime.encoder import EncoderModel
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter.safetensors"
@@ -151,25 +147,6 @@ class LinearHead:
                 file=GRAPH,
             )
         return np.asarray(answer, dtype=np.float32)
-
-    def labels(self, vectors: FloatArray, top_k: int = 0) -> list[list[Label]]:
-        """Classes best first, at most `top_k` (0: all), a row of `vectors` float32[B, H]."""
-        return ranked_labels(self.manifest.labels, self.predict(vectors), top_k)
-
-
-async def classify_with_head(
-    model: EncoderModel, head: LinearHead, texts: Sequence[str], *, call: Call, top_k: int = 0, truncate: bool = False
-) -> Results[list[Label]]:
-    """Embeds with the base as the head was trained to read it, and applies the head. Item errors as `EncoderModel.embed` gives them."""
-    features = head.manifest.features
-    size = features.size if features.size != model.manifest.hidden_size else None
-    embedded = await model.embed(
-        texts, call=call, pooling=features.pooling, normalize=features.normalize, dimensions=size, truncate=truncate
-    )
-    good = [row for row in embedded.items if not isinstance(row, Exception)]
-    labels = iter(head.labels(np.stack(good), top_k) if good else ())
-    items: list[list[Label] | Exception] = [row if isinstance(row, Exception) else next(labels) for row in embedded.items]
-    return Results(items, embedded.timings, embedded.usage, embedded.truncated, embedded.model, embedded.version)
 
 
 def reference(spec: HeadSpec, weight: FloatArray, bias: FloatArray, vectors: FloatArray) -> FloatArray:

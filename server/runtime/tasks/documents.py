@@ -60,6 +60,7 @@ async def read_documents(
 
     `fields[i]` names an input; the parts of a pair are `fields[i]` + ".question" and ".context".
     """
+    call.stage = "tokenize"
     started = time.perf_counter()
     light = characters(inputs) <= INLINE_CHARACTERS
     documents = await off_loop(parts, light, _read, parts.tokenizer, inputs, fields, windows)

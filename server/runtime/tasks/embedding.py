@@ -53,13 +53,20 @@ def pool_of(parts: Parts, options: EmbedOptions) -> Pool:
     return Pool(kind=cast(Pooling, kind), normalize=normalize, dimensions=dimensions)
 
 
+def prefixed(parts: Parts, texts: Sequence[str], kind: str) -> Sequence[str]:
+    """`texts` as the model wants texts of this kind; blank ones stay what they are, and are refused as such."""
+    prefix = {"": "", "query": parts.manifest.query_prefix, "passage": parts.manifest.passage_prefix}[kind]
+    if not prefix:
+        return texts
+    return [prefix + text if isinstance(text, str) and text and not text.isspace() else text for text in texts]
+
+
 async def vectors(
     parts: Parts, texts: Sequence[str], options: EmbedOptions, account: Account, *, call: Call, fields: Sequence[str]
 ) -> tuple[list[FloatArray | Exception], list[bool]]:
     """Each text's vector float32[D] or error, and whether it was cut; for the tasks that compare vectors too."""
     pool = pool_of(parts, options)
-    prefix = {"": "", "query": parts.manifest.query_prefix, "passage": parts.manifest.passage_prefix}[options.kind]
-    inputs = [prefix + text if isinstance(text, str) and text and not text.isspace() else text for text in texts] if prefix else texts
+    inputs = prefixed(parts, texts, options.kind)
     tokens = await tokenize(parts, inputs, fields, account, call=call, cut="first" if options.truncate else "")
     rows, cut = await run_items(parts, tokens, account, call=call, pool=pool)
     return list(rows), cut

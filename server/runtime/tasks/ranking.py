@@ -9,7 +9,7 @@ import numpy as np
 
 from server.core import Call, FloatArray, Results, Task
 from server.runtime.tasks.classification import sigmoid, softmax
-from server.runtime.tasks.embedding import EmbedOptions, vectors
+from server.runtime.tasks.embedding import EmbedOptions, prefixed, vectors
 from server.runtime.tasks.stages import Account, Parts, check_count, check_items, run_items, settle, tokenize
 from server.runtime.tokenizers import TextInput, check_text
 
@@ -64,14 +64,14 @@ async def _by_cross_encoder(
 async def _by_cosine(
     parts: Parts, query: str, documents: Sequence[str], account: Account, call: Call, truncate: bool
 ) -> tuple[list[float | Exception], list[bool]]:
-    asked = EmbedOptions(normalize=True, truncate=truncate, kind="query")
-    (query_vector,), _ = await vectors(parts, [query], asked, account, call=call, fields=["query"])
+    texts = [*prefixed(parts, [query], "query"), *prefixed(parts, documents, "passage")]
+    fields = ["query", *(f"documents[{i}]" for i in range(len(documents)))]
+    rows, cut = await vectors(parts, texts, EmbedOptions(normalize=True, truncate=truncate), account, call=call, fields=fields)
+    query_vector = rows[0]
     if isinstance(query_vector, Exception):
         raise query_vector
-    given = EmbedOptions(normalize=True, truncate=truncate, kind="passage")
-    rows, cut = await vectors(parts, documents, given, account, call=call, fields=[f"documents[{i}]" for i in range(len(documents))])
 
     def post(good: list[FloatArray]) -> list[float]:
         return [float(score) for score in np.stack(good) @ query_vector]
 
-    return await settle(parts, account, rows, post, LIGHT_ROWS), cut
+    return await settle(parts, account, rows[1:], post, LIGHT_ROWS), cut[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -18,8 +18,9 @@ from server.runtime.tokenizers import TextInput, TextTokenizer, Tokens
 T = TypeVar("T")
 # Tokenizing costs about 0.6 us a character: below this the event loop is held for less than a thread's hand-over costs twice.
 INLINE_CHARACTERS = 1024
-# Sequences of one request that are in the engine's queue at once: a long request takes its turns, and never fills the queue alone.
-MAX_IN_FLIGHT = 256
+# What one request may have in the engine's queue at once: a long request takes its turns, and never fills the queue alone.
+MAX_SEQUENCES = 1024
+MAX_TOKENS = 65_536
 
 
 class EncoderEngine(Protocol):
@@ -94,6 +95,7 @@ async def tokenize(
     parts: Parts, inputs: Sequence[TextInput], fields: Sequence[str], account: Account, *, call: Call, cut: str = ""
 ) -> list[Tokens | UnderstudyError]:
     """Tokens within the model's limit, or each item's error; `cut` as in `TextTokenizer.encode_within`."""
+    call.stage = "tokenize"
     started = time.perf_counter()
     light = characters(inputs) <= INLINE_CHARACTERS
     call.stage = "tokenize"
@@ -108,8 +110,7 @@ async def run(
 ) -> list[FloatArray | UnderstudyError]:
     """Rows in the order of `sequences`."""
     rows: list[FloatArray | UnderstudyError] = []
-    for start in range(0, len(sequences), MAX_IN_FLIGHT):
-        chunk = sequences[start : start + MAX_IN_FLIGHT]
+    for chunk in _turns(sequences):
         output = await parts.engine.run(chunk, call, pool)
         rows.extend(output.rows)
         timings = account.timings
@@ -118,6 +119,17 @@ async def run(
         timings.post += output.timings.post
         account.tokens += sum(len(one.ids) for one, row in zip(chunk, output.rows, strict=True) if not isinstance(row, Exception))
     return rows
+
+
+def _turns(sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+    start = tokens = 0
+    for i, one in enumerate(sequences):
+        if i > start and (i - start == MAX_SEQUENCES or tokens + len(one.ids) > MAX_TOKENS):
+            yield sequences[start:i]
+            start, tokens = i, 0
+        tokens += len(one.ids)
+    if start < len(sequences):
+        yield sequences[start:]
 
 
 async def run_items(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from server.core import Call, FloatArray
 from server.errors import Cancelled, DeadlineExceeded, InputTooLong, InvalidArgument, TaskNotSupported
+from server.runtime.tasks.stages import MAX_SEQUENCES
 from tests.runtime.tasks.models import CALL, TEXTS, Reference
 
 
@@ -89,6 +91,14 @@ async def test_bad_items_spoil_no_other(embedder: Reference) -> None:
     assert kinds[0] is kinds[2] is kinds[3] is InvalidArgument and kinds[1] is kinds[4] is np.ndarray
     np.testing.assert_array_equal(result.items[4], alone.items[0])
     assert all(isinstance(item, InvalidArgument) for item in nothing_good.items) and nothing_good.usage.input == 0
+
+
+async def test_a_large_request_takes_turns_and_keeps_its_order(embedder: Reference) -> None:
+    texts = [f"{text} {i}" for i in range(300) for text in TEXTS[:4]]
+    async with embedder.served(pooling="mean") as model:
+        many, few = await asyncio.gather(model.embed(texts, call=CALL), model.embed(texts[-3:], call=CALL))
+    assert len(texts) > MAX_SEQUENCES and len(many.items) == len(texts)
+    np.testing.assert_allclose(np.stack(many.items[-3:]), np.stack(few.items), atol=1e-6)  # type: ignore[arg-type]
 
 
 async def test_nobody_waits_for_late_or_left_calls(embedder: Reference) -> None:
