@@ -17,7 +17,7 @@ from server.api import open_inference_models as models
 from server.api.open_inference_codec import Array
 from server.api.open_inference_text import TextForm, TextOptions, form_of, infer_text
 from server.core import Call, Priority, Results
-from server.errors import InvalidArgument, InvalidTensor, ModelNotLoaded, NotFound, UnderstudyError
+from server.errors import DeadlineExceeded, InvalidArgument, InvalidTensor, ModelNotLoaded, NotFound, UnderstudyError
 from server.runtime.manifest import Manifest
 from server.runtime.runtime import ModelState, Runtime
 from understudy.oip import open_inference_pb2 as pb
@@ -138,7 +138,7 @@ class OpenInferenceServicer:
         request = codec.read_request(data)
         call = calls.current_call()
         _apply(request.message, call)
-        return await self._infer(request, call)
+        return await self._infer_in_time(request, call)
 
     @wire.raw
     async def ModelStreamInfer(self, requests: AsyncIterator[bytes], _context: wire.Context) -> AsyncIterator[bytes]:
@@ -177,12 +177,25 @@ class OpenInferenceServicer:
         message = request.message
         try:
             _apply(message, call)
-            response = codec.stream_response(await self._infer(request, call))
+            response = codec.stream_response(await self._infer_in_time(request, call))
         except UnderstudyError as error:
             head = pb.ModelInferResponse(model_name=message.model_name, model_version=message.model_version, id=message.id)
             text = f"[{error.reason}] {error.message}"
             response = pb.ModelStreamInferResponse(error_message=text, infer_response=head).SerializeToString()
         return response + _FINAL_RESPONSE if _flag(message, _FINAL) else response
+
+    async def _infer_in_time(self, request: codec.Request, call: Call) -> bytes:
+        """As `_infer`, ended at the request's own timeout; the RPC's deadline is the guard's to hold."""
+        if "timeout" not in request.message.parameters or call.deadline is None:
+            return await self._infer(request, call)
+        try:
+            async with asyncio.timeout(call.remaining()):
+                return await self._infer(request, call)
+        except TimeoutError:
+            call.cancelled = True  # engines skip what still waits
+            stage = call.stage or "run"
+            text = f"the request's timeout passed in the stage {stage!r}; expected more time, or a smaller request."
+            raise DeadlineExceeded(text, stage=stage) from None
 
     async def _infer(self, request: codec.Request, call: Call) -> bytes:
         message = request.message

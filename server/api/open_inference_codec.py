@@ -154,7 +154,8 @@ def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: Buffer | None) -> 
     if tensor.datatype not in DATATYPES:
         mend = "convert it to FP32." if tensor.datatype == "BF16" else f"use one of {', '.join(DATATYPES)}."
         raise InvalidTensor(f"input {name}: datatype {_short(tensor.datatype)} is not taken; {mend}", tensor=name, got=tensor.datatype)
-    count = _count(tensor.shape, name)
+    shape = tuple(tensor.shape)
+    count = _count(shape, name)
     if raw is None:
         array = _from_contents(tensor, count, name)
     elif tensor.HasField("contents"):
@@ -162,7 +163,7 @@ def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: Buffer | None) -> 
         raise InvalidTensor(message, tensor=name, field="raw_input_contents")
     else:
         array = _from_raw(tensor.datatype, raw, count, name)
-    return array.reshape(tuple(tensor.shape))
+    return array if array.shape == shape else array.reshape(shape)
 
 
 def _count(shape: Sequence[int], name: str) -> int:

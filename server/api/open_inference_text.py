@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -50,11 +51,15 @@ class TextForm:
 
 def form_of(manifest: Manifest) -> TextForm | None:
     """The text form of a model, or None for a raw one."""
+    return _form(manifest.task, len(manifest.labels) or -1, manifest.hidden_size or -1)
+
+
+@cache
+def _form(task: Task, labels: int, hidden: int) -> TextForm | None:
     text = TextTensor("text", "BYTES")
-    labels = len(manifest.labels) or -1
-    match manifest.task:
+    match task:
         case Task.FEATURE_EXTRACTION:
-            return TextForm((text,), (TextTensor("embedding", "FP32", (manifest.hidden_size or -1,)),))
+            return TextForm((text,), (TextTensor("embedding", "FP32", (hidden,)),))
         case Task.TEXT_CLASSIFICATION | Task.ZERO_SHOT_CLASSIFICATION:
             return TextForm((text,), (TextTensor("scores", "FP32", (labels,)), TextTensor("labels", "BYTES", (labels,))))
         case Task.TEXT_RANKING:
