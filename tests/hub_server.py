@@ -1,6 +1,7 @@
 """A hub on loopback: the part of the Hugging Face Hub's HTTP API that pulling a model needs, over a folder of files.
 
-Speaks GET /api/models/{id}[/revision/{rev}] (with blobs=true) and HEAD/GET /{id}/resolve/{rev}/{file}, with ETag, X-Repo-Commit,
+Speaks GET /api/models/{id}[/revision/{rev}] (with blobs=true), GET /api/models/{id}/tree/{rev} and
+HEAD/GET /{id}/resolve/{rev}/{file}, with ETag, X-Repo-Commit,
 Content-Range and 206, a redirect to another path for large files, and faults on demand.
 """
 
@@ -57,6 +58,15 @@ class Hub:
             siblings.append(entry)
         return {"_id": "1", "id": id, "modelId": id, "sha": COMMIT, "siblings": siblings, "cardData": {"license": self.license}, "tags": []}
 
+    def tree(self, id: str) -> list[dict[str, Any]]:
+        files = []
+        for sibling in self.info(id)["siblings"]:
+            entry = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
+            if "lfs" in sibling:
+                entry["lfs"] = {"oid": sibling["lfs"]["sha256"], "size": sibling["size"], "pointerSize": 134}
+            files.append(entry)
+        return files
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -77,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "RepoNotFound"})
         if path.startswith("/api/models/"):
+            id, tree, revision = path.removeprefix("/api/models/").partition("/tree/")
+            if tree and id in hub.models:
+                return self.answer(200, json.dumps(hub.tree(id)).encode(), {"Content-Type": "application/json"})
             id, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             return self.api(id, revision)
         if path.startswith("/cdn/"):

@@ -249,7 +249,6 @@ def _short(error: Exception) -> str:
 
 def _pause(error: Exception, attempt: int) -> float | None:
     """Seconds to wait before another try; None where another try cannot help."""
-    import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     status = _status(error)
@@ -258,15 +257,18 @@ def _pause(error: Exception, attempt: int) -> float | None:
         return min(float(stated), _LONGEST_WAIT_S) if stated.isdigit() else min(2.0 ** (attempt - 1), _LONGEST_WAIT_S)
     if isinstance(error, OfflineModeIsEnabled):
         return None
-    # huggingface_hub below 1.0 speaks through requests, whose errors share only OSError with the others.
-    broken = isinstance(error, httpx.TransportError | ConnectionError | TimeoutError) or type(error).__module__.startswith("requests")
-    if status == 0 and broken:
+    if status == 0 and _is_broken_connection(error):
         return min(0.25 * 2.0 ** (attempt - 1), _LONGEST_WAIT_S)
     return None
 
 
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether the network is to blame. Releases of huggingface_hub speak through requests, httpx or httpx2, whose errors share no base."""
+    packages = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2")
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in packages
+
+
 def _translate(error: Exception) -> NoReturn:
-    import httpx
     from huggingface_hub import errors as hub
 
     status = _status(error)
@@ -287,7 +289,7 @@ def _translate(error: Exception) -> NoReturn:
             "the hub limits how often it may be asked, and said so five times. Wait some minutes, or set HF_TOKEN for a higher limit.",
             retry_after_s=60.0,
         ) from None
-    if status or isinstance(error, httpx.HTTPError | OSError):
+    if status or isinstance(error, OSError) or _is_broken_connection(error):
         raise Unavailable(
             f"{_short(error)}, and trying again did not help. What was downloaded is kept: pull again when the network is back, "
             "or pull a local folder or 'starter'."

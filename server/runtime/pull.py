@@ -1,7 +1,8 @@
 """From a hub, a folder or the starter package to a version in the repository.
 
 The graph comes, in this order, from an ONNX file of the model's repository, from our own writer where the architecture is known, or from
-`python -m trainer.export` where the trainer is installed; `graph=` asks for one of them.
+`python -m trainer.export` where the trainer is installed; `graph=` asks for one of them. A file of another dtype than the one asked for
+is taken only where our writer cannot make that one.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from server.errors import (
     near_names,
 )
 from server.runtime.manifest import Manifest
+from server.runtime.memory import check_fits
 from server.runtime.repository import ModelFiles, Repository
 from server.runtime.verify import check_name, check_version
 
@@ -346,6 +347,7 @@ class Runtime:
         try:
             files = await self._in_thread(lambda: self.repository.open(name, version))
             record.manifest, record.tasks, record.memory = files.manifest, tasks_of(files.manifest), files.size
+            check_fits(files.size, f"model {name!r} version {version}")
             record.served = await self._loader(files, self._in_thread)
         except asyncio.CancelledError:
             self._fail(record, "the load was stopped.")

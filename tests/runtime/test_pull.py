@@ -353,6 +353,19 @@ def test_a_tokenizer_built_from_vocab_txt_is_the_published_one(tmp_path: Path) -
     assert (mine.ids, mine.type_ids, mine.offsets) == (pair.ids, pair.type_ids, pair.offsets)
 
 
+def test_the_starter_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.runtime.pull._STARTER_PACKAGE", "a_package_that_nobody_has")
+    with pytest.raises(FailedPrecondition, match=r"pip install 'understudy-server\[starter\]'"):
+        starter_origin()
+
+
+def test_the_starter_is_what_its_authors_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert starter_origin().id == "sentence-transformers/all-MiniLM-L6-v2"
+    monkeypatch.setattr("server.runtime.pull._STARTER_SHA256", "0" * 64)
+    with pytest.raises(ModelRejected, match="SHA-256"):
+        starter_origin()
+
+
 def test_a_vocabulary_of_another_kind_is_not_guessed(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "c")
     with pytest.raises(ModelRejected, match="AutoTokenizer"):

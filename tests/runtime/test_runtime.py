@@ -21,10 +21,12 @@ from server.errors import (
     ModelNotFound,
     ModelNotLoaded,
     ModelRejected,
+    OutOfMemory,
     TaskNotSupported,
     UnderstudyError,
     VersionNotFound,
 )
+from server.runtime.memory import available_bytes
 from server.runtime.ort import import_ort
 from server.runtime.repository import ModelFiles, Repository
 from server.runtime.runtime import InThread, ModelState, ModelStatus, Runtime
@@ -250,6 +252,22 @@ async def test_listeners_hear_every_state(repository: Repository) -> None:
     assert [state for version, state in heard if version == "1"] == ["LOADING", "READY", "UNLOADING", "UNLOADED"]
     assert [state for version, state in heard if version == "2"][:2] == ["LOADING", "READY"]
     assert heard[-1] == ("2", "UNLOADED")
+
+
+async def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (available_bytes() or 0) > 1 << 20
+    for name, text in {"memory.max": "1000000", "memory.current": "999990", "memory.stat": "inactive_file 5\nanon 9\n"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("server.runtime.memory._GROUP", tmp_path)
+    assert available_bytes() == 15
+    runtime = Runtime(repository, load_session)
+    with pytest.raises(OutOfMemory, match="Unload another"):
+        await runtime.load("times")
+    (tmp_path / "memory.max").write_text("max\n")
+    await runtime.load("times")
+    await runtime.close()
 
 
 async def test_only_what_is_not_loaded_can_be_deleted(runtime: Runtime) -> None:
