@@ -21,7 +21,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from bench import hostile_files
-from bench.hostile_requests import Case, Target, cases, methods
+from bench.hostile_case import Case, Target, methods
+from bench.hostile_requests import cases
 from understudy.aio import AsyncClient
 from understudy.errors import from_rpc_error, from_status
 from understudy.oip import open_inference_pb2 as oip

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.hostile_requests import HOSTILE_NAMES
+from bench.hostile_case import HOSTILE_NAMES
 from server.errors import UnderstudyError
 from server.runtime.repository import Repository
 

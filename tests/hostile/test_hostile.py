@@ -14,7 +14,8 @@ import pytest
 from bench import hostile_files
 from bench.harness import Server
 from bench.hostile import PROBES, measure
-from bench.hostile_requests import Target, cases
+from bench.hostile_case import Target
+from bench.hostile_requests import cases
 from server.runtime.verify import entry_of
 from tests.small_models import serve_small
 from understudy.client import Client
