@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 CFLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
 CFLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 KERNELS = Path("native/kernels")
-PER_ISA = [str(KERNELS / name) for name in ("attention.c", "rows.c")]
+PER_ISA = [str(KERNELS / name) for name in ("attention.c", "gemm.c", "rows.c")]
 ONCE = [str(KERNELS / name) for name in ("drivers.c", "operators.c", "library.c")]
 # Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {

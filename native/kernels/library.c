@@ -92,3 +92,17 @@ DIRECT(us_direct_attention, us_attention, us_attention_args)
 DIRECT(us_direct_norm, us_norm, us_norm_args)
 DIRECT(us_direct_gelu, us_gelu, us_gelu_args)
 DIRECT(us_direct_embed, us_embed, us_embed_args)
+
+EXPORT const char *us_direct_gemm(const char *isa, const us_gemm_args *args) {
+    const char *why_not = NULL;
+    const us_kernels *kernels = isa ? find(isa) : us_choose(&why_not);
+    us_runner runner = {.run = run_in_turn};
+    us_gemm_args full = *args;
+    if (!kernels) return why_not ? why_not : us_message("no build '%.40s' runs here", isa);
+    us_weights *weights = kernels->pack(args->b, args->depth, args->cols);
+    if (!weights) return "out of memory for the packed weights";
+    full.weights = weights;
+    const char *wrong = us_gemm(kernels, &full, &runner);
+    us_free_weights(weights);
+    return wrong;
+}

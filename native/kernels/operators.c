@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-typedef enum { ATTENTION, NORM, GELU, EMBED } op_kind;
+typedef enum { ATTENTION, NORM, GELU, EMBED, GEMM } op_kind;
 enum { MOST_INPUTS = 9 };
 
 typedef struct {
@@ -15,7 +15,7 @@ typedef struct {
     op_kind kind;
     int quantized;
     size_t inputs;
-    const char *types; /* one letter an input: f float, i int32, l int64; lower case required, upper case optional */
+    const char *types; /* one letter an input: f float, i int32, l int64, u uint8, s int8; lower case required, upper case optional */
 } op;
 
 typedef struct {
@@ -23,6 +23,7 @@ typedef struct {
     const op *op;
     float scale, epsilon;
     int64_t heads, rms, approximate, zero_point, per_row;
+    us_weights *weights; /* of a product */
 } kernel;
 
 /* One input: data is NULL when it is absent. Shapes beyond rank 2 keep their rank and lose their sizes. */
@@ -175,6 +176,18 @@ static const char *compute_embed(call *c, us_runner *runner) {
     return c->status ? NULL : us_embed(us_choose(NULL), &a, runner);
 }
 
+static const char *compute_gemm(call *c, us_runner *runner) {
+    const tensor *in = c->in;
+    const us_weights *w = c->self->weights;
+    if (!fits(c, 0, "a", 2, -1, w->depth) || !fits(c, 3, "b_scale", 1, w->cols, 0)) return NULL;
+    if (in[2].rank > 1 || in[4].rank > 1 || (in[2].rank && in[2].dims[0] != 1) || (in[4].rank && in[4].dims[0] != 1))
+        return "a_scale and a_zero_point must be scalars";
+    us_gemm_args a = {.a = in[0].data, .weights = w, .b_scale = in[3].data, .rows = in[0].dims[0], .depth = w->depth, .cols = w->cols,
+                      .a_scale = *(const float *)in[2].data, .a_zero = *(const uint8_t *)in[4].data};
+    a.y = output(c, 0, 2, a.rows, a.cols);
+    return c->status ? NULL : us_gemm(us_choose(NULL), &a, runner);
+}
+
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
     call c = {.self = state, .context = context};
     us_runner runner = {.run = run_in_session, .pool = &c};
@@ -188,6 +201,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     case NORM: wrong = compute_norm(&c, &runner); break;
     case GELU: wrong = compute_gelu(&c, &runner); break;
     case EMBED: wrong = compute_embed(&c, &runner); break;
+    case GEMM: wrong = compute_gemm(&c, &runner); break;
     }
     keep(&c, runner.failure);
     if (wrong) keep(&c, refuse(c.self, wrong));
@@ -211,6 +225,36 @@ static float float_attribute(const OrtApi *api, const OrtKernelInfo *info, const
     return value;
 }
 
+/* The weights are packed once, here; that is why they must be constant. */
+static OrtStatus *pack_weights(kernel *self, const OrtKernelInfo *info) {
+    const OrtApi *api = self->api;
+    const OrtValue *value = NULL;
+    OrtTensorTypeAndShapeInfo *shape = NULL;
+    int constant = 0;
+    size_t rank = 0;
+    int64_t dims[2] = {0};
+    void *data = NULL;
+    OrtStatus *status = US_ORT(api, KernelInfoGetConstantInput_tensor)(info, 1, &constant, &value);
+    if (status) return status;
+    if (!constant || !value) return refuse(self, "b must be an initializer");
+    status = US_ORT(api, GetTensorTypeAndShape)(value, &shape);
+    if (status) return status;
+    status = US_ORT(api, GetDimensionsCount)(shape, &rank);
+    if (!status && rank == 2) status = US_ORT(api, GetDimensions)(shape, dims, 2);
+    US_ORT(api, ReleaseTensorTypeAndShapeInfo)(shape);
+    if (!status) status = US_ORT(api, GetTensorMutableData)((OrtValue *)value, &data);
+    if (status) return status;
+    if (rank != 2 || dims[0] < 1 || dims[1] < 1) return refuse(self, "b must be a matrix with at least one element");
+    self->weights = us_choose(NULL)->pack(data, dims[0], dims[1]);
+    return self->weights ? NULL : refuse(self, "out of memory for the packed weights");
+}
+
+static void destroy(void *state) {
+    kernel *self = state;
+    us_free_weights(self->weights);
+    free(self);
+}
+
 static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     kernel *self = calloc(1, sizeof *self);
     if (!self) return US_ORT(api, CreateStatus)(ORT_FAIL, "out of memory for a kernel");
@@ -226,8 +270,9 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
     OrtStatus *status = NULL;
     if (self->op->kind == ATTENTION && self->heads < 1) status = refuse(self, "the attribute num_heads must be at least 1");
     if (self->zero_point < 0 || self->zero_point > 255) status = refuse(self, "the attribute zero_point must be within 0..255");
+    if (!status && self->op->kind == GEMM) status = pack_weights(self, info);
     if (status) {
-        free(self);
+        destroy(self);
         return status;
     }
     *state = self;
@@ -241,6 +286,8 @@ static OrtElementType input_type(const OrtCustomOp *base, size_t index) {
     switch (((const op *)base)->types[index] | 0x20) {
     case 'i': return ORT_INT32;
     case 'l': return ORT_INT64;
+    case 'u': return ORT_UINT8;
+    case 's': return ORT_INT8;
     default: return ORT_FLOAT;
     }
 }
@@ -264,7 +311,7 @@ static int one(const OrtCustomOp *base) { return 1; }
 
 #define BASE                                                                                                                     \
     {.version = US_ORT_CUSTOM_OP_VERSION, .GetName = op_name, .GetExecutionProviderType = provider, .GetInputType = input_type,  \
-     .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count, .KernelDestroy = free,  \
+     .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count, .KernelDestroy = destroy,  \
      .GetInputCharacteristic = input_need, .GetOutputCharacteristic = output_need, .GetInputMemoryType = memory_type,            \
      .GetVariadicInputMinArity = one, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = one,                      \
      .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create, .KernelComputeV2 = compute}
@@ -278,6 +325,7 @@ static const op ops[] = {
     {BASE, "BiasGeluQ", GELU, 1, 4, "fFFf"},
     {BASE, "EmbedNorm", EMBED, 0, 8, "llLffFfF"},
     {BASE, "EmbedNormQ", EMBED, 1, 9, "llLffFfFf"},
+    {BASE, "Int8Gemm", GEMM, 0, 5, "usffu"},
 };
 
 /* ONNX Runtime refers to the domain for as long as any session lives, so there is one for the process. */

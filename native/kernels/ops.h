@@ -60,6 +60,28 @@ typedef struct {
     float epsilon;
 } us_embed_args;
 
+/* B [depth, cols] as one instruction set's product wants it; made by that set's pack. */
+typedef struct {
+    int64_t depth, cols, steps, panels;
+    int8_t *data;
+    int32_t *column_sums;    /* [panels * 16] */
+    int32_t *offsets;        /* [panels, steps]: the first row of B of each step, in packed order */
+    int32_t *ends;           /* [panels, 2]: where the steps of the first and of the second class end */
+} us_weights;
+
+typedef struct {
+    const uint8_t *a;        /* [rows, depth] */
+    const int8_t *b;         /* [depth, cols]: direct calls only, which pack it */
+    const us_weights *weights;
+    const float *b_scale;    /* [cols] */
+    float *y;                /* [rows, cols]: (a - a_zero) b * (a_scale * b_scale) */
+    int64_t rows, depth, cols;
+    float a_scale;
+    int32_t a_zero;
+} us_gemm_args;
+
+void us_free_weights(us_weights *);
+
 enum { US_QUERY_BLOCK = 128, US_KEY_TILE = 128, US_MAX_HEAD_DIM = 256 };
 
 /* One instruction set's build. Ranges are [begin, end) rows; `scratch` belongs to the calling task alone. */
@@ -71,6 +93,9 @@ typedef struct {
     void (*norm_rows)(const us_norm_args *, int64_t begin, int64_t end);
     void (*gelu_rows)(const us_gelu_args *, int64_t begin, int64_t end, float *scratch); /* scratch: cols floats */
     void (*embed_rows)(const us_embed_args *, int64_t begin, int64_t end);
+    us_weights *(*pack)(const int8_t *b, int64_t depth, int64_t cols); /* NULL when memory is out */
+    /* rows [begin, end) by 16-column panels [first, last); scratch: (end - begin) * (depth + 8) bytes */
+    void (*gemm_part)(const us_gemm_args *, int64_t begin, int64_t end, int64_t first, int64_t last, uint8_t *scratch);
     void (*quantize_rows)(const us_quant *, const float *w, int64_t cols, int64_t begin, int64_t end);
 } us_kernels;
 
@@ -88,6 +113,7 @@ const char *us_attention(const us_kernels *, const us_attention_args *, us_runne
 const char *us_norm(const us_kernels *, const us_norm_args *, us_runner *);
 const char *us_gelu(const us_kernels *, const us_gelu_args *, us_runner *);
 const char *us_embed(const us_kernels *, const us_embed_args *, us_runner *);
+const char *us_gemm(const us_kernels *, const us_gemm_args *, us_runner *);
 
 /* The build for this processor, or the one named by UNDERSTUDY_KERNEL_ISA (read once); NULL and a message if that cannot run here. */
 const us_kernels *us_choose(const char **why_not);

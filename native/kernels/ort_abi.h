@@ -50,6 +50,7 @@ typedef enum { ORT_IO_REQUIRED = 0, ORT_IO_OPTIONAL = 1 } OrtIoCharacteristic;
       (OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **))                                      \
     X(ReleaseStatus, 93, void, (OrtStatus *))                                                                  \
     X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo *))                                  \
+    X(KernelInfoGetConstantInput_tensor, 249, OrtStatus *, (const OrtKernelInfo *, size_t, int *, const OrtValue **)) \
     X(KernelContext_ParallelFor, 274, OrtStatus *,                                                             \
       (const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *))
 

@@ -156,6 +156,8 @@ static void embed_rows(const us_embed_args *a, int64_t begin, int64_t end) {
 
 int64_t ISA_NAME(us_attention_scratch)(int64_t head_dim);
 void ISA_NAME(us_attention_block)(const us_attention_args *, int64_t, int64_t, int64_t, float *);
+us_weights *ISA_NAME(us_pack)(const int8_t *, int64_t, int64_t);
+void ISA_NAME(us_gemm_part)(const us_gemm_args *, int64_t, int64_t, int64_t, int64_t, uint8_t *);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -163,6 +165,8 @@ const us_kernels ISA_NAME(us_kernels) = {
     .name = TEXT(US_ISA),
     .attention_scratch = ISA_NAME(us_attention_scratch),
     .attention_block = ISA_NAME(us_attention_block),
+    .pack = ISA_NAME(us_pack),
+    .gemm_part = ISA_NAME(us_gemm_part),
     .norm_rows = norm_rows,
     .gelu_rows = gelu_rows,
     .embed_rows = embed_rows,

@@ -131,3 +131,11 @@ def embed_norm(
     if token_type is not None:
         v = v + (token_type[0] if token_type_ids is None else token_type[token_type_ids])
     return _normalise(v, gamma, beta, epsilon, False)
+
+
+def int8_gemm(
+    a: NDArray[np.uint8], b: NDArray[np.int8], a_scale: NDArray[np.float32], b_scale: Floats, a_zero: NDArray[np.uint8]
+) -> NDArray[np.float64]:
+    """Multiplies (a [T, K] - a_zero) by b [K, N] exactly, then by a_scale * b_scale [N]; a_scale and a_zero are scalars."""
+    exact = (a.astype(np.int64) - int(a_zero)) @ b.astype(np.int64)
+    return exact * (float(a_scale) * b_scale.astype(np.float64))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,26 +68,43 @@ def describe() -> dict[str, str]:
     return {"isa": isa_name(), "path": str(library_path()), "ort": str(ort.import_ort().__version__)}
 
 
-def single_op_model(op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], attributes: Mapping[str, float]) -> bytes:
-    """A model of one operator whose inputs are `feeds` in order (None: absent); an output named "q" is u8, all others are float32."""
-    import onnx
-    from onnx import TensorProto, helper
+def single_op_model(
+    op: str,
+    feeds: Mapping[str, NDArray[Any] | None],
+    outputs: list[str],
+    attributes: Mapping[str, float],
+    constants: Collection[str] = (),
+) -> bytes:
+    """A model of one operator.
 
-    node = helper.make_node(op, [name if value is not None else "" for name, value in feeds.items()], outputs, domain=DOMAIN, **attributes)
+    Its inputs are `feeds` in order (None: absent), those named in `constants` as initializers. An output named "q" is u8, all
+    others are float32.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    present = {name: value for name, value in feeds.items() if value is not None}
+    node = helper.make_node(op, [name if name in present else "" for name in feeds], outputs, domain=DOMAIN, **attributes)
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
-        for name, value in feeds.items()
-        if value is not None
+        for name, value in present.items()
+        if name not in constants
     ]
+    initializers = [numpy_helper.from_array(np.ascontiguousarray(present[name]), name) for name in constants]
     results = [helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, None) for name in outputs]
-    graph = helper.make_graph([node], op, inputs, results)
+    graph = helper.make_graph([node], op, inputs, results, initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, OPSET)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     return bytes(model.SerializeToString())
 
 
 def run_op(
-    op: str, feeds: Mapping[str, NDArray[Any] | None], outputs: list[str], attributes: Mapping[str, float], threads: int = 1
+    op: str,
+    feeds: Mapping[str, NDArray[Any] | None],
+    outputs: list[str],
+    attributes: Mapping[str, float],
+    threads: int = 1,
+    constants: Collection[str] = (),
 ) -> list[NDArray[Any]]:
     """Runs one operator in a session of its own and returns `outputs` in order."""
     from server.runtime import ort
@@ -97,9 +114,10 @@ def run_op(
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     register(options)
-    model = single_op_model(op, feeds, outputs, attributes)
+    model = single_op_model(op, feeds, outputs, attributes, constants)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return list(session.run(outputs, {name: value for name, value in feeds.items() if value is not None}))
+    fed = {name: value for name, value in feeds.items() if value is not None and name not in constants}
+    return list(session.run(outputs, fed))
 
 
 def _expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> None:
@@ -163,3 +181,11 @@ def self_test() -> None:
         _expect_quantized(op + "Q", static[len(leading) :], twins.quantize(expected, mult, 120))
         per_row = run_op(op + "Q", quantized, [*leading, "q", "out_scale"], {**attributes, "per_row": 1})
         _expect_quantized(op + "Q", per_row[len(leading) :], twins.quantize(expected, mult, per_row=True))
+    product: Feeds = {
+        "a": random.integers(0, 256, (tokens, 90)).astype(np.uint8),
+        "b": random.integers(-127, 128, (90, columns)).astype(np.int8),
+        "a_scale": np.full((), 0.01, np.float32),
+        "b_scale": abs(gamma),
+        "a_zero": np.full((), 117, np.uint8),
+    }
+    _expect_close("Int8Gemm", run_op("Int8Gemm", product, ["y"], {}, constants=["b"])[0], twins.int8_gemm(**product), 5e-6)

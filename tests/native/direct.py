@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,14 @@ class EmbedArgs(Structure):
     ]
 
 
+class GemmArgs(Structure):
+    _fields_ = [
+        *[("a", BYTES), ("b", POINTER(c_int8)), ("weights", c_void_p), ("b_scale", FLOATS), ("y", FLOATS)],
+        *[(name, c_int64) for name in ("rows", "depth", "cols")],
+        *[("a_scale", c_float), ("a_zero", c_int32)],
+    ]
+
+
 class Refused(Exception):
     """The library's message about wrong arguments."""
 
@@ -87,7 +95,7 @@ def _call(
         q, scale = np.empty(shape, np.uint8), np.empty(shape[0], np.float32)
         _fill(args.quant, {"zero_point": 128, **quant, "q": q, "scale": scale}, keep)
         results = [q, scale] if quant.get("per_row") else [q]
-    if not quant or isinstance(args, (NormArgs, EmbedArgs)):
+    if not quant or isinstance(args, (NormArgs, EmbedArgs, GemmArgs)):
         out = np.full(shape, np.nan, np.float32)
         values = {**values, "out" if isinstance(args, AttentionArgs) else "y": out}
         results = [out, *results]
@@ -134,3 +142,8 @@ def embed(isa: str, values: dict[str, Any], quant: dict[str, Any] | None = None)
         "type_count": 0 if kinds is None else len(kinds),
     }
     return _call(isa, "us_direct_embed", EmbedArgs(), {"epsilon": 1e-12, **values, **sizes}, quant, (rows, cols))
+
+
+def gemm(isa: str, values: dict[str, Any]) -> Array:
+    (rows, depth), cols = values["a"].shape, values["b"].shape[1]
+    return _call(isa, "us_direct_gemm", GemmArgs(), {**values, "rows": rows, "depth": depth, "cols": cols}, None, (rows, cols))[0]

@@ -12,6 +12,7 @@ const char *us_direct_attention(const char *, const us_attention_args *);
 const char *us_direct_norm(const char *, const us_norm_args *);
 const char *us_direct_gelu(const char *, const us_gelu_args *);
 const char *us_direct_embed(const char *, const us_embed_args *);
+const char *us_direct_gemm(const char *, const us_gemm_args *);
 
 static uint64_t state;
 static void *blocks[64];
@@ -98,13 +99,25 @@ static void embed(void) {
     us_direct_embed(NULL, &a);
 }
 
+static void gemm(void) {
+    const int64_t rows = upto(150), depth = 1 + upto(300), cols = 1 + upto(100);
+    us_gemm_args a = {.rows = rows, .depth = depth, .cols = cols, .a_scale = 0.5f, .a_zero = (int32_t)upto(256), .b_scale = floats(cols)};
+    uint8_t *left = block(rows * depth);
+    int8_t *right = block(depth * cols);
+    const int64_t range = upto(2) ? 256 : 128;
+    for (int64_t i = 0; i < rows * depth; i++) left[i] = (uint8_t)upto(256);
+    for (int64_t i = 0; i < depth * cols; i++) right[i] = (int8_t)(upto(range) - range / 2);
+    a.a = left, a.b = right, a.y = block(rows * cols * 4);
+    us_direct_gemm(NULL, &a);
+}
+
 int main(int count, char **arguments) {
-    static void (*const calls[])(void) = {attend, norm, gelu, embed};
+    static void (*const calls[])(void) = {attend, norm, gelu, embed, gemm};
     if (count != 3) return 2;
     state = strtoull(arguments[1], NULL, 10);
     const long rounds = strtol(arguments[2], NULL, 10);
     for (long i = 0; i < rounds; i++) {
-        calls[upto(4)]();
+        calls[upto(5)]();
         release();
     }
     printf("%ld calls, no finding\n", rounds);

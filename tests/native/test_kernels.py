@@ -237,3 +237,53 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch(isa: str, quant: s
         alone = {**case, "qkv": case["qkv"][start:end], "row_scale": row_scale, "cu": boundaries([end - start])}
         for inside, own in zip(batch, direct.attention(isa, alone, options), strict=True):
             np.testing.assert_array_equal(inside[start:end], own)
+
+
+def product(random: np.random.Generator, shape: tuple[int, int, int], largest: int) -> dict[str, Any]:
+    rows, depth, cols = shape
+    return {
+        "a": random.integers(0, 256, (rows, depth)).astype(np.uint8),
+        "b": random.integers(-largest, largest + 1, (depth, cols)).astype(np.int8),
+        "a_scale": np.float32(0.0173),
+        "b_scale": np.abs(floats(random, cols)),
+        "a_zero": int(random.integers(0, 256)),
+    }
+
+
+def same_product(isa: str, values: dict[str, Any]) -> None:
+    """The sums are exact, so all that may differ is the rounding of two multiplications."""
+    np.testing.assert_allclose(direct.gemm(isa, values), twins.int8_gemm(**values), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@FUZZ
+@given(st.integers(0, 9), st.integers(1, 100), st.integers(1, 70), st.sampled_from([1, 31, 63, 90, 127]), st.integers(0, 2**32 - 1))
+def test_gemm(isa: str, rows: int, depth: int, cols: int, largest: int, seed: int) -> None:
+    same_product(isa, product(np.random.default_rng(seed), (rows, depth, cols), largest))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", [-128, -127, -65, -64, -63, -33, -32, 0, 32, 33, 63, 64, 65, 127])
+def test_gemm_is_exact_where_sixteen_bits_would_overflow(isa: str, weight: int) -> None:
+    values = product(np.random.default_rng(1), (5, 384, 48), 63)
+    values["a"][:] = 255
+    values["b"][:] = weight
+    same_product(isa, values)
+    values["b"][::2] = -weight if weight > -128 else 127
+    same_product(isa, values)
+    values["b"][:, 1::3] = 1
+    same_product(isa, values)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gemm_over_many_rows_and_a_row_alone_agree_to_the_bit(isa: str) -> None:
+    values = product(np.random.default_rng(2), (203, 384, 1152), 63)
+    whole = direct.gemm(isa, values)
+    for row in (0, 1, 64, 202):
+        np.testing.assert_array_equal(whole[row : row + 1], direct.gemm(isa, {**values, "a": values["a"][row : row + 1]}))
+
+
+def test_gemm_refuses_what_could_overflow_thirty_two_bits() -> None:
+    values = product(np.random.default_rng(3), (1, 2**15, 1), 127)
+    with pytest.raises(direct.Refused, match="b has 32768 rows"):
+        direct.gemm("base", values)
