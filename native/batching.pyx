@@ -41,6 +41,7 @@ cdef struct Queue:
     int64_t ageing_ns
     int64_t sequences
     int64_t tokens
+    int64_t line_tokens[C_PRIORITIES]
     int64_t next_deadline_ns  # no waiting entry's deadline is earlier; 0: none has one
 
 cdef struct Cursor:  # walks the lines as one, in order of effective priority, arrival, priority
@@ -61,6 +62,7 @@ cdef void queue_unlink(Queue* queue, int32_t slot) noexcept nogil:
     entry.waiting = 0
     queue.sequences -= 1
     queue.tokens -= entry.tokens
+    queue.line_tokens[entry.priority] -= entry.tokens
     entry.next = queue.free
     queue.free = slot
 
@@ -84,6 +86,7 @@ cdef int32_t queue_link(Queue* queue, int32_t tokens, int32_t priority, int64_t 
     queue.tails[priority] = slot
     queue.sequences += 1
     queue.tokens += tokens
+    queue.line_tokens[priority] += tokens
     if deadline_ns > 0 and (queue.next_deadline_ns == 0 or deadline_ns < queue.next_deadline_ns):
         queue.next_deadline_ns = deadline_ns
     return slot
@@ -244,6 +247,13 @@ cdef class BatchQueue:
     @property
     def tokens(self):
         return self.queue.tokens
+
+    def ahead(self, int priority):
+        cdef int64_t total = 0
+        cdef int line
+        for line in range(min(priority + 1, C_PRIORITIES)):
+            total += self.queue.line_tokens[line]
+        return total
 
     cpdef bint fits(self, int64_t sequences, int64_t tokens):
         if self.queue.sequences + sequences > self.max_sequences:

@@ -62,6 +62,10 @@ class BatchQueue:
         """Tokens that wait."""
         return self._tokens
 
+    def ahead(self, priority: int) -> int:
+        """Tokens that wait at this priority and before it, ageing left aside."""
+        return sum(e.tokens for line in self._lines[: max(0, priority + 1)] for e in line.values())
+
     def fits(self, sequences: int, tokens: int) -> bool:
         """Whether so many more can be pushed."""
         waiting = self.sequences

@@ -17,11 +17,15 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What may wait, and how long a low priority waits before it counts as one level higher."""
+    """What may wait, and how long a low priority waits before it counts as one level higher.
+
+    A call is refused too when what waits before it takes longer than `max_wait_s`, or than its own deadline leaves.
+    """
 
     max_sequences: int = 4096
     max_tokens: int = 262_144
     ageing_s: float = 0.5
+    max_wait_s: float = 10.0
 
 
 @dataclass(slots=True)
@@ -33,21 +37,24 @@ class Taken(Generic[W]):
 
 
 class DrainRate:
-    """Tokens a second that leave the queue, as a moving average over batches; says when trying again makes sense."""
+    """Tokens a second that leave the queue when work is waiting: a moving average over well-filled batches."""
 
     def __init__(self) -> None:
         self._per_second = 0.0
 
-    def record(self, tokens: int, seconds: float) -> None:
-        """Called after each batch with its tokens and the seconds that it took."""
+    def record(self, tokens: int, seconds: float, fill: float) -> None:
+        """Called after each batch with its tokens, the seconds that it took, and its share of the budget.
+
+        Small batches say what one call costs, not what the engine can do.
+        """
+        if fill < 0.5:
+            return
         rate = tokens / max(seconds, 1e-6)
         self._per_second = rate if self._per_second == 0.0 else 0.9 * self._per_second + 0.1 * rate
 
     def seconds_for(self, tokens: int) -> float:
-        """How long so many tokens take, within [0.02, 30]; 1 before anything was measured."""
-        if self._per_second == 0.0:
-            return 1.0
-        return min(30.0, max(0.02, tokens / self._per_second))
+        """How long so many tokens take; 0 before anything was measured."""
+        return tokens / self._per_second if self._per_second > 0.0 else 0.0
 
 
 class WorkQueue(Generic[W]):
@@ -83,11 +90,29 @@ class WorkQueue(Generic[W]):
                 raise Draining(f"model {self._name!r} is being stopped; send the request again, to another replica if there is one")
             if not self._queue.fits(len(items), sum(tokens)):
                 self._refuse(len(items), sum(tokens))
+            self._check_wait(priority, call)
             now_ns = time.monotonic_ns()
             tickets = [self._queue.push(size, priority, deadline_ns, now_ns) for size in tokens]
             self._items.update(zip(tickets, items, strict=True))
             self._ready.notify()
         return tickets
+
+    def _check_wait(self, priority: int, call: Call) -> None:
+        """Work that would be late is refused at once: its caller can go elsewhere, and the others keep their time."""
+        wait = self.rate.seconds_for(self._queue.ahead(priority))
+        remaining = call.remaining()
+        patience = self._limits.max_wait_s if remaining is None else min(self._limits.max_wait_s, remaining)
+        if wait > max(0.0, patience):
+            raise self._overloaded(f"takes about {wait:.1f} s, the call has {max(0.0, patience):.1f} s", wait - patience)
+
+    def _overloaded(self, why: str, retry_s: float) -> Overloaded:
+        retry = min(30.0, max(0.02, retry_s))
+        waiting = f"{self._queue.sequences} sequences with {self._queue.tokens} tokens"
+        return Overloaded(
+            f"model {self._name!r} has too much work: {waiting} wait, which {why}; try again in {retry:.2f} s, or add replicas",
+            retry_after_s=retry,
+            model=self._name,
+        )
 
     def _refuse(self, sequences: int, tokens: int) -> None:
         limits = self._limits
@@ -98,13 +123,8 @@ class WorkQueue(Generic[W]):
                 limit=limits.max_sequences,
                 token_limit=limits.max_tokens,
             )
-        retry = self.rate.seconds_for(max(tokens, self._queue.tokens + tokens - limits.max_tokens))
-        raise Overloaded(
-            f"the queue of model {self._name!r} is full ({self._queue.sequences} sequences, {self._queue.tokens} tokens wait); "
-            f"try again in {retry:.2f} s, or add replicas",
-            retry_after_s=retry,
-            model=self._name,
-        )
+        retry = self.rate.seconds_for(max(tokens, self._queue.tokens + tokens - limits.max_tokens)) or 1.0
+        raise self._overloaded("is all that may", retry)
 
     def take(self, token_budget: int, max_sequences: int) -> Taken[W] | None:
         """The next batch, waiting for work if there is none; None once closed and empty. `batch` is empty if all had expired."""

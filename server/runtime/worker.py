@@ -215,14 +215,15 @@ class Worker(ABC, Generic[P, R]):
         for loop, done in groups.items():
             _call_soon(loop, partial(_arrive, done, timings, began, now))
         cost = sum(flight.sizes[index] for flight, index in batch)
-        self._queue.rate.record(cost, now - began)
+        fill = max(cost, outcome.tokens) / self.settings.token_budget
+        self._queue.rate.record(cost, now - began, max(fill, len(batch) / self.settings.max_sequences))
         self._observer.batch_done(
             BatchReport(
                 model=self.name,
                 version=self.version,
                 sequences=len(batch),
                 tokens=outcome.tokens,
-                fill=max(cost, outcome.tokens) / self.settings.token_budget,
+                fill=fill,
                 queue_waits_s=[began - flight.arrival for flight, _ in batch],
                 run_s=outcome.run_s,
                 post_s=outcome.post_s,

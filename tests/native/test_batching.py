@@ -156,6 +156,7 @@ def test_both_queues_decide_alike(steps: list[tuple[str, int, int, int]], padded
             pair = pushed[a % len(pushed)]
             assert compiled.cancel(pair[0]) == twin.cancel(pair[1])
         assert (compiled.sequences, compiled.tokens) == (twin.sequences, twin.tokens)
+        assert [compiled.ahead(p) for p in range(-1, 5)] == [twin.ahead(p) for p in range(-1, 5)]
 
 
 # Packing.
