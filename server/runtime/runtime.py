@@ -205,8 +205,8 @@ class Runtime:
     async def load(self, name: str, version: str | None = None, *, replace: bool = False) -> ModelStatus:
         """Loads a version (`None`: the latest) and makes it the one that answers calls without a version; returns once it is READY.
 
-        Verified, built and warmed up beside what runs; calls go to the new one from one moment to the next. With `replace`, the version
-        that answered before is drained and dropped, in the background. Loading what is loaded only makes it the default. Several loads of
+        Verified, built and warmed up beside what runs; calls go to the new one from one moment to the next. With `replace`, its
+        other versions are drained and dropped, in the background. Loading what is loaded only makes it the default. Several loads of
         the same version are one. When it fails, what ran before still runs, and nothing of the new one stays but its status.
 
         Raises:
@@ -377,13 +377,13 @@ class Runtime:
         self._changed(record)
 
     def _make_default(self, record: _Record, replace: bool) -> None:
-        before = self._defaults.get(record.name)
-        if before != record.version:
+        if self._defaults.get(record.name) != record.version:
             self._defaults[record.name] = record.version
             self._changed(record)
-            old = self._records.get((record.name, before)) if before is not None else None
-            if replace and old is not None and old.state is ModelState.READY:
-                self._retire(old)
+        if replace:
+            for other in list(self._records.values()):
+                if other.name == record.name and other is not record and other.state is ModelState.READY:
+                    self._retire(other)
 
     def _retire(self, record: _Record, drain: bool = True, grace_s: float | None = None) -> asyncio.Task[None]:
         key = (record.name, record.version)

@@ -106,6 +106,16 @@ async def test_loading_what_is_loaded_takes_traffic_back(runtime: Runtime) -> No
     assert answer(runtime) == 1.0
 
 
+async def test_replacing_drops_every_other_version(runtime: Runtime) -> None:
+    await runtime.load("times", "1")
+    await runtime.load("times", "2")
+    await runtime.load("times", "2", replace=True)
+    await runtime.load("times", "2")
+    with pytest.raises(ModelNotLoaded):
+        runtime.tensors("times", "1")
+    assert answer(runtime) == 2.0
+
+
 async def test_unloading_the_default_hands_over_to_the_highest_left(runtime: Runtime) -> None:
     await runtime.load("times", "1")
     await runtime.load("times", "2")
