@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from server.core import Call, FloatArray, IntArray, Results, Span, Task
-from server.errors import InputTooLong, UnderstudyError
+from server.errors import InputTooLong
 from server.runtime.tasks.classification import softmax
-from server.runtime.tasks.documents import Document, read_documents
-from server.runtime.tasks.stages import Account, Parts, check_count, check_items, off_loop, run
+from server.runtime.tasks.documents import Document, read_documents, run_documents
+from server.runtime.tasks.stages import Account, Parts, check_count, check_items
 
 # The pipeline's window, whatever longer a model may take: shorter windows answer better, and cost less attention.
 WINDOW_TOKENS = 384
 DEFAULT_STRIDE = 128
 # A question that leaves less of the window than this to the context is too long.
 MIN_CONTEXT_TOKENS = 8
-LIGHT_WINDOWS = 2
 _IMPOSSIBLE = np.float32(-10000.0)
 
 
@@ -50,22 +48,11 @@ async def answer(parts: Parts, inputs: Sequence[tuple[str, str]], options: Answe
     account = Account()
     fields = [f"inputs[{i}]" for i in range(len(inputs))]
     documents = await read_documents(parts, inputs, fields, windows, account, call=call)
-    sequences = [one for document in documents if isinstance(document, Document) for one in document.sequences]
-    rows = iter(await run(parts, sequences, account, call=call))
-    items: list[list[Span] | Exception] = []
-    started = time.perf_counter()
-    for (_, context), document in zip(inputs, documents, strict=True):
-        if isinstance(document, UnderstudyError):
-            items.append(document)
-            continue
-        logits = [next(rows) for _ in document.sequences]
-        failed = next((row for row in logits if isinstance(row, Exception)), None)
-        if failed is not None:
-            items.append(failed)
-            continue
-        good = [row for row in logits if not isinstance(row, Exception)]
-        items.append(await off_loop(parts, len(good) <= LIGHT_WINDOWS, _answers, context, document, good, options))
-    account.timings.post += time.perf_counter() - started
+
+    def work(i: int, document: Document, logits: list[FloatArray]) -> list[Span]:
+        return _answers(inputs[i][1], document, logits, options)
+
+    items = await run_documents(parts, documents, account, work, call=call)
     return parts.results(items, account)
 
 

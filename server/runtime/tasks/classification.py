@@ -54,5 +54,5 @@ async def classify(parts: Parts, inputs: Sequence[TextInput], *, call: Call, top
     def post(good: list[FloatArray]) -> list[list[Label]]:
         return ranked_labels(manifest.labels, probabilities(manifest, np.stack(good)), top_k)
 
-    items = await settle(parts, account, rows, post, LIGHT_ROWS)
+    items = await settle(parts, account, rows, post, LIGHT_ROWS, call=call)
     return parts.results(items, account, cut)

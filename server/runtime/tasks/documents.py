@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from server.core import Call, IntArray
+from server.core import Call, FloatArray, IntArray
 from server.errors import InputTooLong, UnderstudyError
 from server.runtime.engine import Encoded
-from server.runtime.tasks.stages import INLINE_CHARACTERS, Account, Parts, characters, check_call, off_loop
+from server.runtime.tasks.stages import INLINE_CHARACTERS, Account, Parts, characters, check_call, off_loop, run
 from server.runtime.tokenizers import TextInput, TextTokenizer, check_text, sequence_ids, window_positions
 
 # A document of more windows is a job for its sender to split: it would hold the model for minutes.
 MAX_WINDOWS = 256
+# Turning logits into spans takes some microseconds a token, in Python: more tokens than this go to a thread.
+LIGHT_TOKENS = 512
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -67,6 +70,37 @@ async def read_documents(
     account.timings.tokenize += time.perf_counter() - started
     check_call(call, "tokenize")
     return documents
+
+
+async def run_documents(
+    parts: Parts,
+    documents: Sequence[Document | UnderstudyError],
+    account: Account,
+    work: Callable[[int, Document, list[FloatArray]], T],
+    *,
+    call: Call,
+) -> list[T | Exception]:
+    """Runs every window, and gives `work(index, document, rows of its windows)` for each document that did not fail."""
+    sequences = [one for document in documents if isinstance(document, Document) for one in document.sequences]
+    rows = iter(await run(parts, sequences, account, call=call) if sequences else ())
+
+    def settle() -> list[T | Exception]:
+        items: list[T | Exception] = []
+        for i, document in enumerate(documents):
+            if isinstance(document, UnderstudyError):
+                items.append(document)
+                continue
+            own = [next(rows) for _ in document.sequences]
+            failed = next((row for row in own if isinstance(row, Exception)), None)
+            good = [row for row in own if not isinstance(row, Exception)]
+            items.append(work(i, document, good) if failed is None else failed)
+        return items
+
+    call.stage = "post"
+    started = time.perf_counter()
+    items = await off_loop(parts, sum(len(one.ids) for one in sequences) <= LIGHT_TOKENS, settle)
+    account.timings.post += time.perf_counter() - started
+    return items
 
 
 def _read(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from server.core import Call, Entity, FloatArray, IntArray, Results, Task
-from server.errors import InvalidArgument, UnderstudyError
-from server.runtime.engine import Encoded
+from server.errors import InvalidArgument
 from server.runtime.tasks.classification import softmax
-from server.runtime.tasks.documents import Document, read_documents
-from server.runtime.tasks.stages import Account, Parts, check_items, off_loop, run
+from server.runtime.tasks.documents import Document, read_documents, run_documents
+from server.runtime.tasks.stages import Account, Parts, check_items
 from server.runtime.tokenizers import TextTokenizer
 
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
 OUTSIDE = "O"
 DEFAULT_STRIDE = 128
-LIGHT_TOKENS = 512
 
 
 @dataclass(slots=True)
@@ -65,23 +62,11 @@ async def extract_entities(
         return every[:1] if truncate else every
 
     documents = await read_documents(parts, texts, fields, windows, account, call=call)
-    sequences: list[Encoded] = [one for document in documents if isinstance(document, Document) for one in document.sequences]
-    rows = iter(await run(parts, sequences, account, call=call))
-    items: list[list[Entity] | Exception] = []
-    started = time.perf_counter()
-    for text, document in zip(texts, documents, strict=True):
-        if isinstance(document, UnderstudyError):
-            items.append(document)
-            continue
-        logits = [next(rows) for _ in document.sequences]
-        failed = next((row for row in logits if isinstance(row, Exception)), None)
-        if failed is not None:
-            items.append(failed)
-            continue
-        good = [row for row in logits if not isinstance(row, Exception)]
-        light = len(document.offsets) <= LIGHT_TOKENS
-        items.append(await off_loop(parts, light, _entities, parts, text, document, good, aggregation))
-    account.timings.post += time.perf_counter() - started
+
+    def work(i: int, document: Document, logits: list[FloatArray]) -> list[Entity]:
+        return _entities(parts, texts[i], document, logits, aggregation)
+
+    items = await run_documents(parts, documents, account, work, call=call)
     return parts.results(items, account, [isinstance(one, Document) and one.cut for one in documents])
 
 

@@ -58,7 +58,7 @@ async def _by_cross_encoder(
         scores = sigmoid(logits)[:, 0] if logits.shape[1] == 1 else softmax(logits)[:, -1]
         return [float(score) for score in scores]
 
-    return await settle(parts, account, rows, post, LIGHT_ROWS), cut
+    return await settle(parts, account, rows, post, LIGHT_ROWS, call=call), cut
 
 
 async def _by_cosine(
@@ -74,4 +74,4 @@ async def _by_cosine(
     def post(good: list[FloatArray]) -> list[float]:
         return [float(score) for score in np.stack(good) @ query_vector]
 
-    return await settle(parts, account, rows[1:], post, LIGHT_ROWS), cut[1:]
+    return await settle(parts, account, rows[1:], post, LIGHT_ROWS, call=call), cut[1:]

@@ -145,9 +145,16 @@ async def run_items(
 
 
 async def settle(
-    parts: Parts, account: Account, rows: Sequence[FloatArray | Exception], work: Callable[[list[FloatArray]], list[T]], light_rows: int
+    parts: Parts,
+    account: Account,
+    rows: Sequence[FloatArray | Exception],
+    work: Callable[[list[FloatArray]], list[T]],
+    light_rows: int,
+    *,
+    call: Call,
 ) -> list[T | Exception]:
     """Applies `work` to all good rows at once (in a thread above `light_rows` of them) and puts its values among the errors."""
+    call.stage = "post"
     started = time.perf_counter()
     good = [row for row in rows if not isinstance(row, Exception)]
     values = iter(await off_loop(parts, len(good) <= light_rows, work, good) if good else ())

@@ -164,7 +164,7 @@ async def _by_embedding(
         scores = sigmoid((cosines - MIDPOINT) / TEMPERATURE) if options.multi_label else softmax(cosines / TEMPERATURE)
         return ranked_labels(labels, scores, options.top_k)
 
-    return await settle(parts, account, rows, post, LIGHT_SCORES // max(len(labels), 1)), cut
+    return await settle(parts, account, rows, post, LIGHT_SCORES // max(len(labels), 1), call=call), cut
 
 
 async def _label_vectors(parts: Parts, phrases: list[str], cache: LabelCache, account: Account, call: Call) -> FloatArray:
