@@ -1,0 +1,180 @@
+"""A training run, from a lake on the disk to an adapter that the store loads: by the real base, and only if it is better."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.config import Config, load_config
+from server.errors import FailedPrecondition, ModelRejected, SkillNotFound, TooLittleData
+from server.lake import table
+from server.lake.ids import IdKey
+from server.lake.log import Log
+from server.lake.schema import INTERACTIONS
+from server.quality.calibration import Calibration
+from server.registry.registry import Registry
+from server.runtime.adapters import AdapterStore
+from trainer import curate
+from trainer.train import Report, train
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = {
+    "card": ["card", "lost", "found", "who"],
+    "password": ["password", "reset", "how", "i"],
+    "transfer": ["money", "transfer", "late", "where"],
+}
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def texts(count: int, seed: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        label = rng.choice(sorted(WORDS))
+        found[" ".join(rng.choice(WORDS[label]) for _ in range(rng.randint(3, 8))) + " " + rng.choice("abcdefghijklm")] = label
+    return list(found.items())
+
+
+def fill(lake: Path, rows: list[tuple[str, str]], **more: object) -> None:
+    key = IdKey.open(lake / "id.key")
+    log = Log(table.log_folder(lake, INTERACTIONS))
+    base = {"skill": "intent", "input_kind": "text", "training_allowed": True, "source_model": "big", **more}
+    for text, label in rows:
+        log.append([{"time_ns": time.time_ns(), "interaction_id": key.new(), "input": text, "teacher_label": label, **base}])
+    log.close()
+    table.convert(lake, INTERACTIONS)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, small_models: Path) -> Path:
+    shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
+    (tmp_path / "understudy.toml").write_text(f"""
+[models]
+path = {json.dumps(str(tmp_path / "models"))}
+[lake]
+path = {json.dumps(str(tmp_path / "lake"))}
+[registry]
+url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
+[providers.vendor]
+[skills.intent]
+labels = ["card", "password", "transfer", "unheard"]
+teacher = "vendor/big"
+base = "embedder"
+[skills.baseless]
+labels = ["a", "b"]
+teacher = "vendor/big"
+""")
+    return tmp_path
+
+
+def config(workplace: Path) -> Config:
+    return load_config(workplace / "understudy.toml", environ={})
+
+
+def run(workplace: Path) -> Report:
+    return train(config(workplace), "intent", quiet)
+
+
+def test_a_good_student_is_published_and_a_worse_one_is_not(workplace: Path) -> None:
+    fill(workplace / "lake", [*texts(400, 1), ("password reset twice", "weather")])
+    report = run(workplace)
+    assert (report.state, report.version, report.base) == ("succeeded", "1", "embedder@1")
+    assert report.read == 401 == report.train_rows + report.held_out_rows + sum(report.dropped.values())
+    assert report.labels_without_rows == ["unheard"] and report.dropped[curate.FOREIGN_LABEL] == 1
+    assert report.metrics["accuracy"] > 0.9 and report.metrics["local_share"] > 0.5
+
+    store = AdapterStore(workplace / "models" / "adapters")
+    store.refresh()
+    head = store.current("intent")
+    assert head is not None and head.manifest.metrics == report.metrics
+    assert Calibration.from_json(head.manifest.calibration).rows == report.held_out_rows
+    assert head.manifest.lineage["job"] == report.job and head.manifest.lineage["sources"] == {"big": 400}
+
+    registry = Registry(config(workplace).registry)
+    (job,) = registry.jobs("intent")
+    (adapter,) = registry.adapters("intent")
+    assert job.state == "succeeded" and adapter.sha256 == head.manifest.files["head.onnx"].sha256
+    used = table.read(workplace / "lake", INTERACTIONS, names=["interaction_id", "input"]).to_pylist()
+    assert [found.version for found in registry.adapters_with(used[0]["interaction_id"])] == ["1"]
+
+    # The teacher goes mad: what it says now is noise, and the student made of it must not replace the one that serves.
+    rng = random.Random(5)
+    fill(workplace / "lake", [(text, rng.choice(sorted(WORDS))) for text, _ in texts(1500, 2)])
+    worse = run(workplace)
+    assert worse.state == "rejected" and worse.reason and worse.version == ""
+    assert sorted(path.name for path in (workplace / "models" / "adapters" / "intent").iterdir()) == ["1"]
+    assert [found.state for found in registry.jobs("intent")] == ["rejected", "succeeded"]
+    registry.close()
+
+
+def test_held_out_rows_are_never_trained_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(workplace / "lake", texts(300, 3))
+    from trainer import linear
+
+    seen: list[int] = []
+    fit = linear.fit
+
+    def watch(vectors: object, *more: object, **named: object) -> object:
+        seen.append(len(vectors))  # type: ignore[arg-type]
+        return fit(vectors, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear, "fit", watch)
+    report = run(workplace)
+    held = sum(curate.is_held_out(text) for text, _ in texts(300, 3))
+    assert seen == [300 - held] and report.held_out_rows == held
+
+
+def test_too_little_data_says_how_much_and_why(workplace: Path) -> None:
+    with pytest.raises(TooLittleData) as caught:
+        run(workplace)
+    assert caught.value.metadata["count"] == "0" and caught.value.metadata["minimum"] == "100"
+    fill(workplace / "lake", texts(250, 4), training_allowed=False)
+    with pytest.raises(TooLittleData, match="training_allowed") as caught:
+        run(workplace)
+    assert caught.value.metadata["count"] == "0"
+    fill(workplace / "lake", texts(120, 4))
+    with pytest.raises(TooLittleData, match="held-out"):
+        run(workplace)
+    registry = Registry(config(workplace).registry)
+    assert {job.state for job in registry.jobs("intent")} == {"failed"}
+    registry.close()
+
+
+def test_what_cannot_be_trained_is_refused(workplace: Path) -> None:
+    with pytest.raises(SkillNotFound, match="'intent'"):
+        train(config(workplace), "intnt", quiet)
+    with pytest.raises(FailedPrecondition, match="base"):
+        train(config(workplace), "baseless", quiet)
+    fill(workplace / "lake", texts(300, 3))
+    model = workplace / "models" / "embedder" / "1" / "model.onnx"
+    model.chmod(0o644)
+    model.write_bytes(model.read_bytes()[:-10])
+    with pytest.raises(ModelRejected):
+        run(workplace)
+
+
+def test_the_command_runs_it_as_a_process(workplace: Path) -> None:
+    fill(workplace / "lake", texts(300, 3))
+    report = workplace / "report.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
+    command = [sys.executable, "-m", "server.cli", "train", "intent", "--config", str(workplace / "understudy.toml"), "--json", str(report)]
+    named = {"cwd": workplace, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command, **named)
+    assert done.returncode == 0, done.stderr
+    assert "published as version 1" in done.stdout and "held out" in done.stdout
+    assert json.loads(report.read_text())["state"] == "succeeded"
+    bad = subprocess.run(
+        [*command[:4], "nothing", *command[5:]], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 1 and "There is no skill" in bad.stderr and "Traceback" not in bad.stderr
