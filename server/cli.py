@@ -67,6 +67,18 @@ def doctor(config: ConfigOption = None, settings: SetOption = None) -> None:
 
 
 @app.command()
+def health(
+    address: Annotated[str, typer.Option(help="Where the server listens, without TLS.")] = "127.0.0.1:50051",
+    service: Annotated[str, typer.Option(help="A service, e.g. understudy.v1.InferenceService; empty: the server as a whole.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 2.0,
+) -> None:
+    """Asks a running server whether it serves. Exit code 0: it does."""
+    from server.commands.health import health as run
+
+    raise typer.Exit(run(address, service, timeout))
+
+
+@app.command()
 def version() -> None:
     """Prints the release."""
     from importlib.metadata import version as installed
