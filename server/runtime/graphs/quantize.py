@@ -150,13 +150,13 @@ def round_weights(weight: FloatArray, importance: FloatArray, clips: Sequence[fl
 def pair_safe(q: np.ndarray) -> np.ndarray:
     """Shrinks the pairs of rows (2i, 2i+1) of `q` [K, N] that break the bound, both members alike."""
     even = len(q) // 2 * 2
-    pairs = q[:even].reshape(even // 2, 2, -1)
+    pairs = q[:even].reshape(even // 2, 2, q.shape[1])
     a, b = pairs[:, 0], pairs[:, 1]
     over = np.where(a * b > 0, np.maximum(np.abs(a + b) - PAIR, 0), 0)
     if not over.any():
         return q
     out = q.copy()
-    safe = out[:even].reshape(even // 2, 2, -1)
+    safe = out[:even].reshape(even // 2, 2, q.shape[1])
     first = np.where(np.abs(a) >= np.abs(b), np.ceil(over / 2), np.floor(over / 2))
     safe[:, 0] -= np.sign(a) * first
     safe[:, 1] -= np.sign(b) * (over - first)

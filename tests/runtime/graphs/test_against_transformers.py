@@ -143,7 +143,7 @@ def test_int8_is_near_and_does_not_know_its_neighbours(architecture: str, task: 
     together = packed_answers(built, sequences)
     want = np.concatenate([w.reshape(-1) for w in answers(model, sequences, types=typed)])
     got = np.concatenate([g.reshape(-1) for g in together])
-    assert float(np.corrcoef(got, want)[0, 1]) > 0.99
+    assert float(np.corrcoef(got, want)[0, 1]) > 0.98
     for row, sequence in zip(together, sequences, strict=True):
         np.testing.assert_array_equal(packed_answers(built, [sequence])[0], row)
     layers = built.manifest["quantization"].layers
