@@ -93,7 +93,7 @@ kernels = Extension(
 setup(
     packages=[*find_packages(include=["server*", "native*", "trainer*"]), *find_packages("clients/python", include=["understudy*"])],
     package_dir={"understudy": "clients/python/understudy"},
-    package_data={"": ["*.pyi", "py.typed", "*.json", "*.toml"]},
+    package_data={"": ["*.pyi", "py.typed", "*.json", "*.toml", "*.txt"]},
     exclude_package_data={"": ["*.c", "*.h", "*.pyx", "*.pxd"]},
     include_package_data=False,
     ext_modules=[*cython_modules(), kernels],
