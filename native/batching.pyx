@@ -279,10 +279,10 @@ cdef class BatchQueue:
         queue_unlink(&self.queue, <int32_t>slot)
         return True
 
-    def take(self, int64_t now_ns, int64_t token_budget, int64_t max_sequences):
+    def take(self, int64_t now_ns, int64_t token_budget, int64_t max_sequences, int64_t horizon_ns=0):
         cdef int32_t limit = <int32_t>min(max(max_sequences, 0), self.max_sequences)
         cdef int32_t late, count, i
-        late = queue_expire(&self.queue, now_ns, self.expired)
+        late = queue_expire(&self.queue, now_ns + max(horizon_ns, 0), self.expired)
         if self.queue.padded:
             count = choose_padded(&self.queue, now_ns, token_budget, limit, self.chosen)
         else:

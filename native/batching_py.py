@@ -96,14 +96,14 @@ class BatchQueue:
                 return True
         return False
 
-    def take(self, now_ns: int, token_budget: int, max_sequences: int) -> tuple[list[int], list[int]]:
-        """Tickets of the next batch, and of the entries whose deadline is at or before `now_ns`; both leave the queue.
+    def take(self, now_ns: int, token_budget: int, max_sequences: int, horizon_ns: int = 0) -> tuple[list[int], list[int]]:
+        """Tickets of the next batch, and of the entries whose deadline is within `horizon_ns` of `now_ns`; both leave the queue.
 
         The first entry in order is always in the batch, alone if it is over the budget, so an entry is overtaken at most by those that
         entered batches while entries before it did. Packed: in order, stepping over what does not fit. Padded: nearest in length to the
         first, among those of its effective priority, as long as padding stays below half of the batch.
         """
-        expired = [e for line in self._lines for e in line.values() if 0 < e.deadline_ns <= now_ns]
+        expired = [e for line in self._lines for e in line.values() if 0 < e.deadline_ns <= now_ns + max(horizon_ns, 0)]
         self._remove(expired)
         order = sorted(
             (e for line in self._lines for e in line.values()),

@@ -13,6 +13,7 @@ from server.core import Call
 from server.errors import Draining, Overloaded, RequestTooLarge
 
 W = TypeVar("W")
+_MARGIN = 1.25  # batches of the same size differ by about as much in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class QueueLimits:
 
 @dataclass(slots=True)
 class Taken(Generic[W]):
-    """A batch, and the entries whose deadline passed while they waited."""
+    """A batch, and the entries whose deadline passed while they waited, or would pass before a batch of them is done."""
 
     batch: list[W]
     expired: list[W]
@@ -71,6 +72,7 @@ class WorkQueue(Generic[W]):
         self._items: dict[int, W] = {}
         self._ready = threading.Condition(threading.Lock())
         self._closed = False
+        self._budget = 0  # of the latest batch, in tokens
         self.rate = DrainRate()
 
     @property
@@ -99,7 +101,9 @@ class WorkQueue(Generic[W]):
 
     def _check_wait(self, priority: int, call: Call) -> None:
         """Work that would be late is refused at once: its caller can go elsewhere, and the others keep their time."""
-        wait = self.rate.seconds_for(self._queue.ahead(priority))
+        ahead = self._queue.ahead(priority)
+        # Besides what waits: the batch that runs now, and the one that this call will be in.
+        wait = self.rate.seconds_for(ahead + min(ahead, self._budget))
         remaining = call.remaining()
         patience = self._limits.max_wait_s if remaining is None else min(self._limits.max_wait_s, remaining)
         if wait > max(0.0, patience):
@@ -133,7 +137,10 @@ class WorkQueue(Generic[W]):
                 if self._closed:
                     return None
                 self._ready.wait()
-            chosen, expired = self._queue.take(time.monotonic_ns(), token_budget, max_sequences)
+            self._budget = token_budget
+            # Under load a run for those who cannot have its result in time would only make the next ones late too.
+            horizon_ns = int(_MARGIN * self.rate.seconds_for(min(self._queue.tokens, token_budget)) * 1e9)
+            chosen, expired = self._queue.take(time.monotonic_ns(), token_budget, max_sequences, horizon_ns)
             pop = self._items.pop
             return Taken([pop(ticket) for ticket in chosen], [pop(ticket) for ticket in expired])
 

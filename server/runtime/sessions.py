@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: one thread pool for all of them, creation off the event loop, cancellable runs, memory really given back.
 
 On CPUs sessions go through ONNX Runtime's C API (`native.session`), which shares a pool whose threads sleep when idle. Other execution
-providers, and graphs with text or non-tensor values, go through its Python package.
+providers, graphs with text or non-tensor values, and builds of the package that lack the C library, go through its Python API.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import gc
 import importlib.util
-import mmap
 import os
 import sys
 import threading
@@ -121,8 +120,8 @@ class Sessions:
     def open(self, path: Path) -> Session:
         """Loads a graph; blocks, with the GIL free, for up to seconds. Raises ModelRejected when ONNX Runtime refuses the file."""
         try:
-            if self.settings.providers == _CPU:
-                session = _NativeSession(self._shared_environment(), path)
+            if self.settings.providers == _CPU and (environment := self._shared_environment()) is not None:
+                session = _NativeSession(environment, path)
                 if all(spec.dtype is not None for spec in (*session.inputs, *session.outputs)):
                     return session
                 session.close()
@@ -139,11 +138,11 @@ class Sessions:
         """`open` in a thread; the event loop goes on meanwhile."""
         return await asyncio.to_thread(self.open, path)
 
-    def _shared_environment(self) -> native.Environment:
+    def _shared_environment(self) -> native.Environment | None:
         with Sessions._lock:
-            if Sessions._environment is None:
+            if Sessions._environment is None and (library := _ort_library()) is not None:
                 threads = self.settings.threads or usable_cores()
-                Sessions._environment = native.Environment(_ort_library(), threads, self.settings.spinning)
+                Sessions._environment = native.Environment(library, threads, self.settings.spinning)
             return Sessions._environment
 
 
@@ -151,7 +150,7 @@ class _NativeSession(Session):
     def __init__(self, environment: native.Environment, path: Path) -> None:
         self.path = path
         self._environment = environment
-        self._native = native.NativeSession(environment, str(path), _kernels() if _uses_our_operators(path) else "")
+        self._native = native.NativeSession(environment, str(path), _kernels())
         self.inputs = tuple(_spec(*one) for one in self._native.inputs)
         self.outputs = tuple(_spec(*one) for one in self._native.outputs)
         self._places = {spec.name: i for i, spec in enumerate(self.outputs)}
@@ -183,6 +182,8 @@ class _PythonStop:
 
 class _PythonSession(Session):
     def __init__(self, settings: SessionSettings, path: Path) -> None:
+        from server.runtime import kernels
+
         ort = import_ort()
         options = ort.SessionOptions()
         options.intra_op_num_threads = settings.threads or usable_cores()
@@ -190,10 +191,7 @@ class _PythonSession(Session):
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
         options.enable_mem_pattern = False  # a pattern is kept for every input shape ever seen, and packed batches hardly repeat one
         options.log_severity_level = 4  # errors are raised with their text; fatal ones alone are printed
-        if _uses_our_operators(path):
-            from server.runtime import kernels
-
-            kernels.register(options)
+        kernels.register(options)
         self.path = path
         self._native: Any = ort.InferenceSession(str(path), options, providers=list(settings.providers))
         self.inputs = tuple(_spec(node.name, node.type, node.shape) for node in self._native.get_inputs())
@@ -227,15 +225,13 @@ def release_memory() -> None:
             trim(0)
 
 
-def _ort_library() -> str:
-    """ONNX Runtime's shared library inside its Python package, which is not imported for it."""
+def _ort_library() -> str | None:
+    """ONNX Runtime's shared library inside its Python package, which is not imported for it; None where the package has none."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library makes its environment
     spec = importlib.util.find_spec("onnxruntime")
     folders = spec.submodule_search_locations if spec is not None else None
     found = [path for folder in folders or () for path in sorted((Path(folder) / "capi").glob("libonnxruntime*")) if _is_main(path.name)]
-    if not found:
-        raise OSError("the package onnxruntime has no libonnxruntime in its folder capi; install the package again")
-    return str(found[0])
+    return str(found[0]) if found else None
 
 
 def _is_main(name: str) -> bool:
@@ -247,14 +243,6 @@ def _kernels() -> str:
 
     kernels.isa_name()  # says why, where no build can run here
     return str(kernels.library_path())
-
-
-def _uses_our_operators(path: Path) -> bool:
-    """Whether the graph's file names our operator domain; a file that merely contains the word gets the kernels registered for nothing."""
-    if path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"understudy") != -1
 
 
 def _spec(name: str, onnx_type: str, sizes: Sequence[Any]) -> TensorSpec:

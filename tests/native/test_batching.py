@@ -124,7 +124,7 @@ class TestQueue:
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("push"), st.integers(1, 60), st.integers(0, 3), st.integers(0, 40)),
-        st.tuples(st.just("take"), st.integers(1, 120), st.integers(0, 8), st.just(0)),
+        st.tuples(st.just("take"), st.integers(1, 120), st.integers(0, 8), st.integers(-1, 10)),
         st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0), st.just(0)),
     ),
     max_size=80,
@@ -150,8 +150,8 @@ def test_both_queues_decide_alike(steps: list[tuple[str, int, int, int]], padded
                 pushed.append(pair)
                 names[pair[0]] = pair[1]
         elif kind == "take":
-            chosen, expired = compiled.take(now, a, b)
-            assert ([names[t] for t in chosen], [names[t] for t in expired]) == twin.take(now, a, b)
+            chosen, expired = compiled.take(now, a, b, c)
+            assert ([names[t] for t in chosen], [names[t] for t in expired]) == twin.take(now, a, b, c)
         elif pushed:
             pair = pushed[a % len(pushed)]
             assert compiled.cancel(pair[0]) == twin.cancel(pair[1])

@@ -29,7 +29,10 @@ SESSIONS = Sessions()
 
 @pytest.fixture(scope="module")
 def environment() -> native.Environment:
-    return SESSIONS._shared_environment()
+    found = SESSIONS._shared_environment()
+    if found is None:
+        pytest.skip("this build of onnxruntime carries no C library")
+    return found
 
 
 def identity(path: Path, dtype: Any, shape: list[Any]) -> Path:
@@ -179,7 +182,7 @@ def test_nothing_is_sent_home(tmp_path: Path) -> None:
 def test_library_is_found_without_importing_the_package() -> None:
     code = "import sys; from server.runtime.sessions import _ort_library; print(_ort_library()); assert 'onnxruntime' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert Path(shown.strip()) == Path(_ort_library())
+    assert shown.strip() == str(_ort_library())
 
 
 def test_graphs_with_text_go_through_the_python_package(tmp_path: Path) -> None:

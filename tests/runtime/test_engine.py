@@ -274,6 +274,34 @@ def test_a_run_that_works_for_nobody_is_ended(tmp_path: Path) -> None:
     run(body())
 
 
+def test_under_overload_runs_are_spent_on_calls_that_can_still_have_them(tmp_path: Path) -> None:
+    async def body() -> None:
+        recorder = Recorder()
+        made = engine(tmp_path, layers=2, observer=recorder, token_budget=128)
+        answered = 0
+
+        async def caller(until: float) -> None:
+            nonlocal answered
+            while time.monotonic() < until:
+                try:
+                    await made.run([encoded(16)], call(deadline=time.monotonic() + 0.2))
+                    answered += 1
+                except Overloaded as error:
+                    assert error.retry_after_s is not None
+                    await asyncio.sleep(error.retry_after_s)
+                except DeadlineExceeded:
+                    pass
+
+        until = time.monotonic() + 2
+        await asyncio.gather(*(caller(until) for _ in range(400)))
+        await made.close()
+        # Half, not nine tenths: the time of a batch swings on machines that others use too.
+        assert answered > 0.5 * sum(batch.sequences for batch in recorder.batches)
+        assert "OVERLOADED" in recorder.rejections
+
+    run(body())
+
+
 def test_draining_finishes_what_was_accepted(tmp_path: Path) -> None:
     async def body() -> None:
         recorder = Recorder()

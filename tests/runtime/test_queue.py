@@ -50,6 +50,15 @@ def test_what_would_be_late_is_refused_at_once() -> None:
     assert taken is not None and taken.batch[0] == 7
 
 
+def test_a_run_whose_result_would_come_too_late_is_spared() -> None:
+    queue: WorkQueue[int] = WorkQueue("m", QueueLimits())
+    queue.put([1], [100], call(seconds=0.5))
+    queue.put([2], [100], call(seconds=30))
+    queue.rate.record(100, 1.0, fill=1.0)
+    taken = queue.take(1000, 10)
+    assert taken is not None and (taken.batch, taken.expired) == ([2], [1])
+
+
 def test_closing_with_and_without_draining() -> None:
     queue: WorkQueue[int] = WorkQueue("m", QueueLimits())
     queue.put([1], [1], call())
