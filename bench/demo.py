@@ -201,6 +201,8 @@ def process(command: list[str], log: Path, *, all_to_log: bool = False) -> Itera
             except subprocess.TimeoutExpired:
                 running.kill()
                 running.wait()
+            if running.stdout is not None:
+                running.stdout.close()
 
 
 def wait_ready(running: subprocess.Popen[str], log: Path) -> str:

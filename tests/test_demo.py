@@ -38,7 +38,7 @@ async def test_the_loop_closes_on_real_requests(tmp_path: Path, models: Path) ->
     data = demo.banking77()
     if data is None:
         pytest.skip("Banking77 is not at hand; UNDERSTUDY_SHARED or ../shared would hold data/banking77")
-    part = Data("a part of Banking77", data.train[:4000], data.test[::6])
+    part = Data("a part of Banking77", data.train[:2500], data.test[::12])
     outcome = await demo.run(Demo(part, tmp_path, models), lambda text: None)
     assert outcome["after"]["local_share"] >= 0.6
     assert outcome["after"]["accuracy"] >= outcome["teacher_alone"]["accuracy"]

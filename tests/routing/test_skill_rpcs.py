@@ -121,7 +121,7 @@ def test_bad_runs_are_refused_by_field(channel: grpc.Channel) -> None:
         assert refused(lambda bad=bad: stub.Run(bad, timeout=10))[0] == invalid
     code, _ = refused(lambda: stub.Run(request(skill="intnt", inputs=[text]), timeout=10))
     assert code == grpc.StatusCode.NOT_FOUND
-    code, detail = refused(lambda: run(channel, "x", preference=inference_pb2.ROUTE_PREFERENCE_LOCAL_ONLY))
+    code, _ = refused(lambda: run(channel, "x", preference=inference_pb2.ROUTE_PREFERENCE_LOCAL_ONLY))
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     pair = inference_pb2.RunInput(pair=inference_pb2.TextPair(text="a", text_pair="b"))
     (result,) = stub.Run(request(skill="intent", inputs=[pair]), timeout=10).results
