@@ -65,8 +65,8 @@ typedef struct {
     int64_t depth, cols, steps, panels;
     int8_t *data;
     int32_t *column_sums;    /* [panels * 16] */
-    int32_t *offsets;        /* [panels, steps]: the first row of B of each step, in packed order */
-    int32_t *ends;           /* [panels, 2]: where the steps of the first and of the second class end */
+    int32_t *offsets;        /* [panels, steps, 2]: the first rows of B of a step's two groups, in packed order */
+    int32_t *ends;           /* [panels, 2]: where the steps end of which four products, and of which two, fit 16 bits together */
 } us_weights;
 
 typedef struct {
