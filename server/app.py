@@ -1,7 +1,8 @@
 """Builds the parts of the serving process, starts them, drains them.
 
 Start: listen first (health NOT_SERVING), then load: a probe always finds the server, and a service turns SERVING with its first model.
-Stop: health NOT_SERVING -> a moment for watchers -> no new calls, accepted ones finish within `grace_s` -> engines -> lake -> exit.
+Stop: health NOT_SERVING -> a moment for watchers -> new calls get UNAVAILABLE, accepted ones finish within `grace_s` -> connections ->
+engines -> lake -> exit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from server.tracing import make_tracer
 
 # Between NOT_SERVING and the end of acceptance: time for health watchers and load balancers to look elsewhere.
 LAME_DUCK_S = 0.25
+# For so long at least, new calls are refused by us before gRPC closes the connections: it cuts calls that arrive at that very moment
+# with CANCELLED, which clients do not repeat, while ours say UNAVAILABLE, which they do.
+REFUSE_S = 0.25
 _EXAMPLES = {
     Task.FEATURE_EXTRACTION: ("Embed", {"texts": ["Where is my card?"]}),
     Task.TEXT_CLASSIFICATION: ("Classify", {"inputs": [{"text": "Where is my card?"}], "top_k": 3}),
@@ -87,13 +91,18 @@ class App:
 
     async def drain(self, grace_s: float) -> None:
         """Stops in order; accepted calls finish within `grace_s` seconds."""
+        began = time.monotonic()
         self._health.drain()
         self._log.info("draining", active=self._guard.active, grace_s=grace_s)
         if grace_s:
             await asyncio.sleep(min(LAME_DUCK_S, grace_s))
         self._guard.drain()
         self._operators.drain()
-        await self._server.stop(grace_s)
+        if grace_s:
+            refused_until = time.monotonic() + min(REFUSE_S, grace_s)
+            await self._guard.wait_idle(grace_s)
+            await asyncio.sleep(max(0.0, refused_until - time.monotonic()))
+        await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
         await self._close()
 
     async def run(self) -> int:

@@ -47,3 +47,5 @@ def start_server(tmp_path: Path, small_models: Path) -> Iterator[StartServer]:
     for running in started:
         if running.process.poll() is None:
             running.stop(allow_errors=True)
+        elif not running.closed:
+            running.wait()

@@ -72,6 +72,11 @@ class ServerProcess:
         assert self.process.poll() is None and self.address, "".join(self.lines)
         return self.address
 
+    @property
+    def closed(self) -> bool:
+        """Whether its end was seen by `wait` or `stop`."""
+        return self.process.stdout is None or self.process.stdout.closed
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """Log lines with this `event`, so far."""
         found = [json.loads(line) for line in list(self.lines) if line.startswith("{")]

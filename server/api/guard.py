@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -39,6 +40,7 @@ class Guard:
     ) -> None:
         self.active = 0
         self.draining = asyncio.Event()
+        self._idle = asyncio.Event()
         self._metrics = metrics
         self._access = access
         self._max_calls = max_calls
@@ -86,6 +88,13 @@ class Guard:
     def drain(self) -> None:
         """New calls are refused from now on, and open streams are asked to end."""
         self.draining.set()
+        if self.active == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Returns when, after `drain`, the last call has ended, or after `timeout_s` seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     def _enter(self, method: str, context: Context) -> Scope:
         request_id = traceparent = ""
@@ -159,6 +168,8 @@ class Guard:
     def _leave(self, scope: Scope, code: str, context: Context | None, error: UnderstudyError | None = None) -> None:
         """Gives the call's place back and writes it down. With a `context`, the answer carries the request id."""
         self.active -= 1
+        if self.active == 0 and self.draining.is_set():
+            self._idle.set()
         if scope.alarm is not None:
             scope.alarm.cancel()
             scope.alarm = None
