@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -20,13 +21,13 @@ _MARGIN = 1.25  # batches of the same size differ by about as much in time
 class QueueLimits:
     """What may wait, and how long a low priority waits before it counts as one level higher.
 
-    A call is refused too when what waits before it takes longer than `max_wait_s`, or than its own deadline leaves.
+    A call is refused too when what waits before it takes longer than its own deadline leaves, or than `max_wait_s`.
     """
 
     max_sequences: int = 4096
     max_tokens: int = 262_144
     ageing_s: float = 0.5
-    max_wait_s: float = 10.0
+    max_wait_s: float = math.inf
 
 
 @dataclass(slots=True)
