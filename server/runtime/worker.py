@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 from server.core import Call, Timings
 from server.errors import Cancelled, DeadlineExceeded, Draining, InternalError, UnderstudyError
 from server.runtime.observer import BatchReport, NullObserver, Observer
-from server.runtime.queue import QueueLimits, WorkQueue
+from server.runtime.queue import QueueLimits, Taken, WorkQueue
 from server.runtime.sessions import Session, Stop
 
 log = logging.getLogger(__name__)
@@ -152,21 +152,25 @@ class Worker(ABC, Generic[P, R]):
     # On the engine's thread.
 
     def _serve(self) -> None:
-        while True:
-            taken = self._queue.take(self.settings.token_budget, self.settings.max_sequences)
-            if taken is None:
-                return
-            began = time.monotonic()
-            if taken.expired:
-                self._expire(taken.expired)
-            batch = [piece for piece in taken.batch if not piece[0].gone]
-            if len(batch) < len(taken.batch):
-                self._observer.skipped(self.name, "cancelled", len(taken.batch) - len(batch))
-            if batch:
-                outcome = self._attempt(batch)
-                self._deliver(batch, outcome, began)
-            # The next take may block for long: hold nothing of this batch meanwhile.
-            taken = batch = outcome = None  # type: ignore[assignment]
+        while (taken := self._queue.take(self.settings.token_budget, self.settings.max_sequences)) is not None:
+            try:
+                self._process(taken)
+            except Exception as error:
+                # A mistake of ours or of an observer's: the thread goes on, and whoever was not answered yet hears of it.
+                log.exception("engine %s failed outside of a run", self.name)
+                flights = {flight for flight, _ in (*taken.batch, *taken.expired)}
+                self._fail(flights, InternalError(f"model {self.name!r} failed on a batch: {error}"))
+            del taken  # the next `take` may block for long: hold nothing of this batch meanwhile
+
+    def _process(self, taken: Taken[Piece[P, R]]) -> None:
+        began = time.monotonic()
+        if taken.expired:
+            self._expire(taken.expired)
+        batch = [piece for piece in taken.batch if not piece[0].gone]
+        if len(batch) < len(taken.batch):
+            self._observer.skipped(self.name, "cancelled", len(taken.batch) - len(batch))
+        if batch:
+            self._deliver(batch, self._attempt(batch), began)
 
     def _attempt(self, batch: list[Piece[P, R]]) -> Outcome[R]:
         stop = self._session.stop()

@@ -17,6 +17,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     InputTooLong,
+    InternalError,
     InvalidArgument,
     ModelRejected,
     Overloaded,
@@ -255,7 +256,7 @@ def test_a_caller_that_leaves_is_skipped_and_counted(tmp_path: Path) -> None:
 
 def test_a_run_that_works_for_nobody_is_ended(tmp_path: Path) -> None:
     async def body() -> None:
-        made = engine(tmp_path, layers=60, max_tokens=512)
+        made = engine(tmp_path, layers=25, max_tokens=512)
         start = time.monotonic()
         await made.run([encoded(256, 1)] * 4, call())
         whole = time.monotonic() - start
@@ -363,6 +364,26 @@ def test_what_is_reported_adds_up(tmp_path: Path) -> None:
         assert sum(batch.tokens for batch in recorder.batches) == 120
         assert all(0 < batch.fill <= 1 and len(batch.queue_waits_s) == batch.sequences for batch in recorder.batches)
         assert output.timings.run > 0 and output.timings.queue >= 0
+
+    run(body())
+
+
+def test_an_observer_that_raises_stops_nothing(tmp_path: Path) -> None:
+    class Broken(NullObserver):
+        def batch_done(self, batch: BatchReport) -> None:
+            raise RuntimeError("no disk")
+
+        def run_failed(self, model: str, reason: str) -> None:
+            raise RuntimeError("no disk")
+
+    async def body() -> None:
+        made = engine(tmp_path, observer=Broken())
+        for _ in range(3):
+            assert isinstance((await made.run([encoded(4)], call())).rows[0], np.ndarray)
+        with pytest.raises(InternalError):
+            await made.run([Encoded(np.array([graphs.WORDS + 1]))], call())
+        assert isinstance((await made.run([encoded(4)], call())).rows[0], np.ndarray)
+        await made.close()
 
     run(body())
 
