@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from server.core import Call, Label, Task, Timings, Usage
-from server.errors import BudgetExceeded, ProviderUnavailable, UnderstudyError
+from server.errors import BudgetExceeded, ModelNotLoaded, ProviderUnavailable, UnderstudyError
 from server.providers.base import Completion, Prompt, Provider
 from server.routing.skills import Skill, Student, normalised
 from server.runtime.runtime import Runtime
+from server.runtime.verify import MODEL
 
 # A label is a few tokens; JSON around it a few more.
 _ANSWER_TOKENS = 64
@@ -72,9 +73,8 @@ class LocalStudent:
 
     local = True
 
-    def __init__(self, skill: Skill, student: Student, runtime: Runtime) -> None:
+    def __init__(self, student: Student, runtime: Runtime) -> None:
         self.name = student.candidate
-        self._skill = skill
         self._student = student
         self._runtime = runtime
 
@@ -85,8 +85,11 @@ class LocalStudent:
         head = self._student.head
         features = head.manifest.features
         try:
-            base = self._skill.base or head.manifest.base.name
-            with self._runtime.use(base, Task.FEATURE_EXTRACTION) as model:
+            # The head's own base, not the skill's setting: after a change of the setting the head still reads what it was trained on.
+            base = head.manifest.base
+            with self._runtime.use(base.name, Task.FEATURE_EXTRACTION) as model:
+                if model.manifest.files[MODEL].sha256 != base.sha256:
+                    raise ModelNotLoaded(f"{self.name} was trained on another version of {base.name!r}.", model=base.name)
                 dimensions = features.size if features.size != model.manifest.hidden_size else None
                 embedded = await model.embed(
                     texts, call=call, pooling=features.pooling, normalize=features.normalize, dimensions=dimensions

@@ -87,9 +87,9 @@ class Router:
         student = self.skills.student(skill.name)
         why = "there is no student yet; run `understudy train` once there is enough traffic."
         if student is not None and student.calibration is None:
-            why = f"its student {student.candidate} is not calibrated; train it again."
+            why = f"its student {student.candidate} is held: {student.held}. Train it again."
         elif student is not None and preference is not Preference.PROVIDER_ONLY:
-            route.append(LocalStudent(skill, student, self._runtime))
+            route.append(LocalStudent(student, self._runtime))
         if preference is not Preference.LOCAL_ONLY and skill.provider:
             route.append(Teacher(skill, self._providers[skill.provider]))
         if not route:

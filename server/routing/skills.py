@@ -37,10 +37,11 @@ class Skill:
 
 @dataclass(slots=True, frozen=True)
 class Student:
-    """A head that is loaded for a skill. `calibration` is None while nothing was measured: it may then not answer."""
+    """A head that is loaded for a skill. `calibration` is None where it may not answer, and `held` says why."""
 
     head: LinearHead
     calibration: Calibration | None
+    held: str = ""
 
     @property
     def candidate(self) -> str:
@@ -88,17 +89,27 @@ class SkillBook:
             return None
         known = self._students.get(name)
         if known is None or known.head is not head:
-            try:
-                calibration = Calibration.from_json(head.manifest.calibration) if head.manifest.calibration else None
-            except UnderstudyError:
-                calibration = None  # a head whose quality cannot be told is one that was not measured
-            known = self._students[name] = Student(head, calibration)
+            known = self._students[name] = _student(head, self.get(name))
         return known
 
     def stage(self, name: str) -> str:
         """Of the rollout: "full" where a calibrated student serves, else "held"."""
         student = self.student(name)
         return "full" if student is not None and student.calibration is not None else "held"
+
+
+def _student(head: LinearHead, skill: Skill) -> Student:
+    """Whether a head may answer for a skill: only where its quality was measured, and for the labels that it was measured on."""
+    manifest = head.manifest
+    trained_for = set(manifest.lineage.get("skill_labels", manifest.labels))
+    if trained_for != set(skill.labels):
+        return Student(head, None, "the skill's labels have changed since it was trained")
+    if not manifest.calibration:
+        return Student(head, None, "it is not calibrated")
+    try:
+        return Student(head, Calibration.from_json(manifest.calibration))
+    except UnderstudyError as error:
+        return Student(head, None, error.message)
 
 
 def read_skill(name: str, config: SkillConfig) -> Skill:

@@ -87,6 +87,19 @@ async def test_a_student_that_was_not_measured_may_not_answer(bench: Bench) -> N
         await bench.router(None).run("intent", [TEXT], call())
 
 
+async def test_a_student_of_other_labels_or_another_base_may_not_answer(bench: Bench) -> None:
+    bench.student(SURE)
+    provider = ScriptedProvider(lambda text: "card")
+    router = bench.router(provider, labels=("card", "transfer", "password", "new"))
+    (outcome,) = (await router.run("intent", [TEXT], call())).items
+    assert not outcome.decision.local and outcome.decision.rollout_stage == "held"
+    with pytest.raises(FailedPrecondition, match="labels have changed"):
+        await router.run("intent", [TEXT], call(), Preference.LOCAL_ONLY)
+    bench.student(SURE, base_sha256="0" * 64)
+    (outcome,) = (await bench.router(provider).run("intent", [TEXT], call())).items
+    assert hops(outcome) == [("local:intent@2", "failed"), ("vendor/big", "delivered")]
+
+
 async def test_a_cost_limit_holds_before_anything_is_asked(bench: Bench) -> None:
     provider = ScriptedProvider(lambda text: "card")
     (outcome,) = (await bench.router(provider).run("intent", [TEXT], call(), max_cost_micro_usd=49)).items

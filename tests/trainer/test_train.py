@@ -108,13 +108,16 @@ def test_a_good_student_is_published_and_a_worse_one_is_not(workplace: Path) -> 
     used = table.read(workplace / "lake", INTERACTIONS, names=["interaction_id", "input"]).to_pylist()
     assert [found.version for found in registry.adapters_with(used[0]["interaction_id"])] == ["1"]
 
+    same = run(workplace)
+    assert same.state == "rejected" and "same rows" in same.reason
+
     # The teacher goes mad: what it says now is noise, and the student made of it must not replace the one that serves.
     rng = random.Random(5)
     fill(workplace / "lake", [(text, rng.choice(sorted(WORDS))) for text, _ in texts(1500, 2)])
     worse = run(workplace)
     assert worse.state == "rejected" and worse.reason and worse.version == ""
     assert sorted(path.name for path in (workplace / "models" / "adapters" / "intent").iterdir()) == ["1"]
-    assert [found.state for found in registry.jobs("intent")] == ["rejected", "succeeded"]
+    assert [found.state for found in registry.jobs("intent")] == ["rejected", "rejected", "succeeded"]
     registry.close()
 
 
