@@ -81,12 +81,12 @@ def export(source: Path, out: Path, options: ExportOptions) -> Figures:
 
 
 def _through_optimum(source: Path, folder: Path, task: Task) -> Path:
+    if not any(source.glob("*.safetensors")):
+        raise ModelRejected(f"There is no safetensors file in {source}; pickled checkpoints are not opened. Convert it, then export again.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import_ort()
     from optimum.exporters.onnx import main_export
 
-    if not any(source.glob("*.safetensors")):
-        raise ModelRejected(f"There is no safetensors file in {source}; pickled checkpoints are not opened. Convert it, then export again.")
     try:
         main_export(
             str(source),

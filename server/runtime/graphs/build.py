@@ -68,7 +68,7 @@ def build(
     check_tokens(model, used)
     check_tokens(model, held)
     chosen = choose_forms(model, used, report)
-    return _build_int8(model, out, task, chosen, held, report)
+    return finish_int8(model, out, task, chosen, held, report)
 
 
 def _build_float(model: Checkpoint, out: Path, task: Task, report: Progress) -> Built:
@@ -82,7 +82,11 @@ def _build_float(model: Checkpoint, out: Path, task: Task, report: Progress) -> 
     return Built(files[0], files, _manifest(model, task, figures, None), figures)
 
 
-def _build_int8(model: Checkpoint, out: Path, task: Task, chosen: dict[str, Choice], held: Packed, report: Progress) -> Built:
+def finish_int8(model: Checkpoint, out: Path, task: Task, chosen: dict[str, Choice], held: Packed, report: Progress) -> Built:
+    """Writes and checks the graph with the products in `chosen` in int8.
+
+    While the check fails, the worst of them go back to float32, a few at a time.
+    """
     limits = parity.tolerances(model.kind, "int8")
     want = forward(model, held)[1]
     worst = sorted(chosen, key=lambda name: chosen[name].error, reverse=True)

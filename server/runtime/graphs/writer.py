@@ -1,8 +1,8 @@
 """Writes an encoder as an ONNX graph over packed tokens, with our operators between the matrix products.
 
 Shapes: T tokens of all sequences end to end, S sequences. Inputs and outputs are stated in server/runtime/manifest.py. A product is either
-fp32 (MatMul) or int8 (MatMulIntegerToFloat of ONNX Runtime); its bias, and in the per-row form its row scales, are applied by whatever
-reads it.
+fp32 (MatMul) or int8; its bias, and in the per-row form its row scales, are applied by whatever reads it. The int8 product is ours
+(Int8Gemm) where that is the faster one, else ONNX Runtime's (MatMulIntegerToFloat): same inputs, same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from server.core import FloatArray
+from server.runtime import kernels
 from server.runtime.graphs.architecture import HeadKind
 from server.runtime.graphs.checkpoint import Checkpoint, Dense, Norm
 
@@ -191,7 +192,8 @@ class _Writer:
             constant(f"{name}.weight_scale", quantized.weight_scale),
             constant(f"{name}.zero_point", np.uint8(quantized.zero_point)),
         ]
-        y = self.graph.node("MatMulIntegerToFloat", inputs, [f"{name}.product"], "com.microsoft")
+        own = kernels.has_fast_product()
+        y = self.graph.node("Int8Gemm" if own else "MatMulIntegerToFloat", inputs, [f"{name}.product"], DOMAIN if own else "com.microsoft")
         return _Raw(y, left.row_scale, constant(f"{name}.bias", quantized.bias))
 
     def _head(self, hidden: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from server.core import Task
-from server.runtime.graphs.build import Built, build
-from server.runtime.graphs.calibrate import default_texts
+from server.runtime.graphs.build import Built, build, finish_int8
+from server.runtime.graphs.calibrate import choose_forms, default_texts, encode
+from server.runtime.graphs.checkpoint import read_checkpoint
+from server.runtime.graphs.quantize import Choice
 from server.runtime.graphs.reference import Packed
 from server.runtime.ort import import_ort, session_options
 from tests.runtime.graphs.random_models import (
@@ -159,3 +162,17 @@ def test_num_labels_without_names(tmp_path: Path) -> None:
     built = build(tmp_path, tmp_path, task=Task.TEXT_CLASSIFICATION, form="float32")
     assert built.manifest["labels"] == ["LABEL_0", "LABEL_1"]
     assert built.manifest["multi_label"] is True
+
+
+def test_a_product_that_int8_spoils_goes_back_to_float32(tmp_path: Path) -> None:
+    random_model(tmp_path, "bert", Task.FEATURE_EXTRACTION)
+    write_tokenizer(tmp_path)
+    checkpoint = read_checkpoint(tmp_path, Task.FEATURE_EXTRACTION)
+    used, held = encode(tmp_path, default_texts(), Task.FEATURE_EXTRACTION, 64)
+    chosen = choose_forms(checkpoint, used, lambda stage, share: None)
+    good = chosen["layer1.out"].product
+    chosen["layer1.out"] = Choice("static", 1.0, replace(good, weight=np.roll(good.weight, 1, axis=1)))
+    built = finish_int8(checkpoint, tmp_path, Task.FEATURE_EXTRACTION, chosen, held, lambda stage, share: None)
+    layers = built.manifest["quantization"].layers
+    assert [name for name, form in layers.items() if form == "fp32"] == ["layer1.out"]
+    assert built.parity["cosine_mean"] >= 0.9975
