@@ -51,6 +51,11 @@ def isa_name() -> str:
     return name
 
 
+def has_fast_product() -> bool:
+    """Whether Int8Gemm is faster here than ONNX Runtime's MatMulIntegerToFloat: on AVX2 without VNNI it is, by about 1.2 times."""
+    return isa_name() == "avx2"
+
+
 def register(options: onnxruntime.SessionOptions) -> None:
     """Makes the operators known to sessions created with `options`; FailedPrecondition when ONNX Runtime is too old for them."""
     path = library_path()
