@@ -102,6 +102,7 @@ class App:
             refused_until = time.monotonic() + min(REFUSE_S, grace_s)
             await self._guard.wait_idle(grace_s)
             await asyncio.sleep(max(0.0, refused_until - time.monotonic()))
+        self._health.close()
         await self._server.stop(max(0.0, began + grace_s - time.monotonic()))
         await self._close()
 

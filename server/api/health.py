@@ -32,6 +32,7 @@ class HealthServicer:
         self._status = {name: _NOT_SERVING if name in needs_model else _SERVING for name in sorted(names)}
         self._watchers: set[asyncio.Event] = set()
         self._draining = False
+        self._closed = False
 
     def update(self, runtime: Runtime, *, skills: bool = False) -> None:
         """Derives every status from what is loaded. `skills`: Run can answer without a local model, through a provider."""
@@ -44,9 +45,14 @@ class HealthServicer:
         self._set({name: _SERVING if ready else _NOT_SERVING for name, ready in fresh.items()})
 
     def drain(self) -> None:
-        """Everything is NOT_SERVING from now on, for good; watchers are told, and their streams end."""
+        """Everything is NOT_SERVING from now on, for good, and watchers are told."""
         self._draining = True
         self._set(dict.fromkeys(self._status, _NOT_SERVING))
+
+    def close(self) -> None:
+        """Ends the watchers' streams. Some time after `drain`: clients may lose a message that the end of its stream is upon."""
+        self._closed = True
+        self._set({})
 
     def _set(self, fresh: dict[str, pb.HealthCheckResponse.ServingStatus]) -> None:
         self._status.update(fresh)
@@ -61,7 +67,7 @@ class HealthServicer:
         return pb.HealthCheckResponse(status=found)
 
     async def Watch(self, request: pb.HealthCheckRequest, _context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
-        """A service's status now and after every change, until the server drains."""
+        """A service's status now and after every change, until `close`."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         last = None
@@ -71,7 +77,7 @@ class HealthServicer:
                 if now != last:
                     last = now
                     yield pb.HealthCheckResponse(status=now)
-                if self._draining:
+                if self._closed:
                     return
                 await changed.wait()
                 changed.clear()

@@ -15,13 +15,21 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from tests.conftest import StartServer
 from tests.server_process import ServerProcess
-from understudy.v1 import feedback_pb2, feedback_service_pb2, feedback_service_pb2_grpc, model_pb2
+from understudy.v1 import (
+    feedback_pb2,
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    model_pb2,
+    skill_service_pb2,
+    skill_service_pb2_grpc,
+    stats_service_pb2,
+    stats_service_pb2_grpc,
+)
 from understudy.v1 import inference_pb2 as items
 from understudy.v1 import inference_service_pb2 as pb
 from understudy.v1 import inference_service_pb2_grpc as stubs
 from understudy.v1 import model_service_pb2 as models
 from understudy.v1 import model_service_pb2_grpc as model_stubs
-from understudy.v1 import skill_service_pb2, skill_service_pb2_grpc, stats_service_pb2, stats_service_pb2_grpc
 
 
 @pytest.fixture
@@ -121,7 +129,8 @@ def test_entities_point_into_the_text(inference: Any) -> None:
 
 def test_answers_point_into_the_context(inference: Any) -> None:
     context = "ada lived in london . " * 20
-    response = inference.AnswerQuestion(pb.AnswerQuestionRequest(inputs=[items.QuestionInput(question="where ?", context=context)], top_k=3))
+    asked = items.QuestionInput(question="where ?", context=context)
+    response = inference.AnswerQuestion(pb.AnswerQuestionRequest(inputs=[asked], top_k=3))
     answers = response.results[0].answers
     assert 1 <= len(answers) <= 3
     assert all(context[one.start : one.end] == one.text for one in answers)
@@ -154,7 +163,11 @@ def test_answers_point_into_the_context(inference: Any) -> None:
             ("INVALID_ARGUMENT", "INVALID_ARGUMENT", "inputs[0].text_pair"),
         ),
         ("Rerank", pb.RerankRequest(query="", documents=["a"]), ("INVALID_ARGUMENT", "INVALID_ARGUMENT", "query")),
-        ("ExtractEntities", pb.ExtractEntitiesRequest(texts=["a"], aggregation_strategy=77), ("INVALID_ARGUMENT", "INVALID_ARGUMENT", "aggregation_strategy")),
+        (
+            "ExtractEntities",
+            pb.ExtractEntitiesRequest(texts=["a"], aggregation_strategy=77),
+            ("INVALID_ARGUMENT", "INVALID_ARGUMENT", "aggregation_strategy"),
+        ),
         ("AnswerQuestion", pb.AnswerQuestionRequest(), ("INVALID_ARGUMENT", "INVALID_ARGUMENT", "inputs")),
         ("Run", pb.RunRequest(skill="nothing", inputs=[{"text": "a"}]), ("NOT_FOUND", "SKILL_NOT_FOUND", None)),
     ],

@@ -44,7 +44,8 @@ def test_errors_are_one_readable_paragraph(tmp_path: Path, arguments: list[str],
 
 
 def test_doctor_finds_what_is_wrong(tmp_path: Path, small_models: Path) -> None:
-    well = understudy(tmp_path, "doctor", "--set", f"models.path={small_models}", "--set", "server.port=0", "--set", "server.metrics_port=0")
+    free_ports = ("--set", "server.port=0", "--set", "server.metrics_port=0")
+    well = understudy(tmp_path, "doctor", "--set", f"models.path={small_models}", *free_ports)
     assert well.returncode == 0, well.stdout + well.stderr
     assert "every kernel agrees with its twin" in well.stdout and "all verified" in well.stdout
     (tmp_path / "understudy.toml").write_text('[providers.p]\napi_key_env = "SURELY_NOT_SET"\n[server]\nmetrics_port = 0\nport = 0\n')

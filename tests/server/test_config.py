@@ -67,9 +67,9 @@ def test_wrong_settings_are_named_with_their_place(tmp_path: Path, text: str, fi
 
 
 def test_wrong_variables_and_flags_are_named() -> None:
-    with pytest.raises(InvalidArgument, match="UNDERSTUDY_SERVER__PROT.*'port'"):
+    with pytest.raises(InvalidArgument, match=r"UNDERSTUDY_SERVER__PROT.*'port'"):
         load_config("/dev/null", environ={"UNDERSTUDY_SERVER__PROT": "1"})
-    with pytest.raises(InvalidArgument, match="flag serve.port.*'server'"):
+    with pytest.raises(InvalidArgument, match=r"flag serve\.port.*'server'"):
         load_config("/dev/null", environ={}, flags={"serve.port": 1})
 
 
