@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -146,6 +148,23 @@ async def test_nothing_of_a_failed_load_stays_in_memory(runtime: Runtime, models
         assert (status.state, status.memory_bytes, status.in_use) == (ModelState.FAILED, 0, 0)
     assert threads[-1] <= threads[0] + 2, threads  # those of the event loop's executor; an engine left over each time would be 7
     await broken.close()
+
+
+async def test_an_unloaded_model_is_freed_without_the_garbage_collector(runtime: Runtime) -> None:
+    """The server freezes what lives at its start: cycles among those objects would never be collected."""
+    await runtime.load("embedder")
+    await embed(runtime)
+    model = runtime.get("embedder")
+    parts = [weakref.ref(part) for part in (model, model.engine, model.tokenizer)]
+    del model
+    gc.collect()
+    gc.disable()
+    try:
+        await runtime.unload("embedder")
+        await asyncio.sleep(0)
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
 
 
 MEMORY = """
