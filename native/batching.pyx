@@ -7,9 +7,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
 MEAN, CLS, LAST, NONE = 0, 1, 2, 3
-PRIORITIES = 4
-LOOKAHEAD = 64
-WINDOW = 256
+PRIORITIES, LOOKAHEAD, WINDOW = 4, 64, 256
 
 cdef enum:
     C_MEAN = 0
@@ -486,8 +484,6 @@ cdef void top_k_row(const float* row, int64_t size, int64_t k, int64_t* out) noe
 
 def top_k(const float[:, ::1] rows, int64_t[:, ::1] indices):
     cdef Py_ssize_t i
-    if rows.shape[1] == 0:
-        raise ValueError("expected contiguous float32[S, C] with C >= 1")
     if indices.shape[0] != rows.shape[0]:
         raise ValueError("indices must be contiguous int64[S, k]")
     if not 1 <= indices.shape[1] <= rows.shape[1]:
