@@ -332,7 +332,7 @@ async def run(demo: Demo, say: Callable[[str], None] = print) -> dict[str, Any]:
         "simulation": True,
         "data": data.name,
         "before": asdict(before),
-        "after": asdict(after),
+        "after": {**asdict(after), "teacher_accuracy": alone.accuracy},
         "teacher_alone": asdict(alone),
         "local_accuracy": sum(r.output_text == gold for r, gold in local) / max(len(local), 1),
         "lake_s": lake_s,
