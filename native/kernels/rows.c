@@ -17,28 +17,32 @@
     } while (0)
 
 /* Auto-vectorised. Both sides of the range are clamped before rounding, which keeps the product from being fused into the rounding
- * addition, and sends NaN to 0. */
-static void quantize_row(const float *restrict w, const float *restrict mult, uint8_t *restrict q, int64_t cols, float factor, float zero_point) {
-    const float low = -zero_point, high = 255.0f - zero_point;
+ * addition, and sends NaN to 0. After it the integer stands in the low bits of the float. */
+INLINE void quantize_row(const float *restrict w, const float *restrict mult, uint8_t *restrict q, int64_t cols, float factor, int32_t zero_point) {
+    const float low = (float)-zero_point, high = (float)(255 - zero_point);
     for (int64_t c = 0; c < cols; c++) {
-        float t = w[c] * mult[c] * factor;
+        float t = w[c] * mult[c];
+        if (factor != 1.0f) t *= factor;
         t = t > low ? t : low;
         t = t < high ? t : high;
-        q[c] = (uint8_t)(int32_t)((t + ROUND_MAGIC) - ROUND_MAGIC + zero_point);
+        t += ROUND_MAGIC;
+        int32_t bits;
+        memcpy(&bits, &t, sizeof bits);
+        q[c] = (uint8_t)(bits + zero_point);
     }
 }
 
 static void quantize(const us_quant *o, const float *restrict w, int64_t row, int64_t cols) {
     uint8_t *q = o->q + row * cols;
     if (!o->per_row) {
-        quantize_row(w, o->mult, q, cols, 1.0f, (float)o->zero_point);
+        quantize_row(w, o->mult, q, cols, 1.0f, o->zero_point);
         return;
     }
     vf most = vset(TINY);
     EACH_VECTOR(cols, { most = vmax(vabs(vload_n(w + c, n) * vload_n(o->mult + c, n)), most); });
     const float peak = vmax_lanes(most);
     o->scale[row] = peak / 127.0f;
-    quantize_row(w, o->mult, q, cols, 127.0f / peak, 128.0f);
+    quantize_row(w, o->mult, q, cols, 127.0f / peak, 128);
 }
 
 static void quantize_rows(const us_quant *o, const float *w, int64_t cols, int64_t begin, int64_t end) {
