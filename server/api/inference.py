@@ -44,6 +44,8 @@ class InferenceServicer:
         self._max_items = max_items
         self._run = run
         self._metrics = metrics
+        self._only: dict[Task, str] = {}  # what `_default` found, until a model changes
+        runtime.subscribe(lambda _status: self._only.clear())
 
     async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
         """Runs a skill."""
@@ -164,13 +166,14 @@ class InferenceServicer:
 
     def _default(self, task: Task) -> str:
         """The configured default, else the only loaded model that is made for the task, else the only one that does it."""
-        configured = self._defaults.get(task)
-        if configured is not None:
-            return configured
+        known = self._defaults.get(task) or self._only.get(task)
+        if known is not None:
+            return known
         able = self._runtime.models_for(task)
         made = [name for name in able if self._runtime.manifest(name).task is task]
         choice = made or able
         if len(choice) == 1:
+            self._only[task] = choice[0]
             return choice[0]
         if not choice:
             message = f"no loaded model does {task.value}; load one with ModelService.LoadModel, or see what there is with ListModels."
