@@ -63,6 +63,7 @@ def cases(count: int, seed: int, target: Target) -> Iterator[Case]:
         (3, deep),
         (2, bad_metadata),
         (1, too_many),
+        (2, too_costly),
     ]
     makers = [maker for weight, maker in kinds for _ in range(weight)]
     made = 0
@@ -287,6 +288,27 @@ def too_many(rng: random.Random, target: Target) -> Case:
     if rng.random() < 0.5:
         return make("too_many", "ModelInfer", text_request(target, [b"a"] * len(texts)), too_large)
     return make("too_many", "Embed", inference_service_pb2.EmbedRequest(model={"name": target.embedder}, texts=texts), too_large)
+
+
+def too_costly(rng: random.Random, target: Target) -> Case:
+    """Small on the wire, and large in what it would make the server do: refused at once."""
+    model = {"name": target.embedder}
+    name, request = rng.choice(
+        [
+            ("AnswerQuestion", inference_service_pb2.AnswerQuestionRequest(inputs=[{"question": "q", "context": "c"}], top_k=2**31 - 1)),
+            (
+                "AnswerQuestion",
+                inference_service_pb2.AnswerQuestionRequest(inputs=[{"question": "q", "context": "c"}], max_answer_tokens=2**31 - 1),
+            ),
+            (
+                "Classify",
+                inference_service_pb2.ClassifyRequest(
+                    model=model, inputs=[{"text": "a"}] * 2048, candidate_labels=[f"label {i}" for i in range(256)]
+                ),
+            ),
+        ]
+    )
+    return make("too_costly", name, request, BAD)
 
 
 def _huge_text(_rng: random.Random, target: Target) -> Case:

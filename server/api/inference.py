@@ -27,6 +27,8 @@ _AGGREGATION = {
     pb.AGGREGATION_STRATEGY_MAX: "max",
 }
 MAX_CANDIDATE_LABELS = 256
+MAX_ANSWERS = 100  # for each question: their spans are searched for and held for every window
+MAX_ANSWER_TOKENS = 512
 
 
 class RunsSkills(Protocol):
@@ -144,8 +146,8 @@ class InferenceServicer:
     async def AnswerQuestion(self, request: pb.AnswerQuestionRequest, _context: Context) -> pb.AnswerQuestionResponse:
         """Answers to questions in their contexts."""
         self._check(request.inputs, "inputs")
-        top_k = _count(request.top_k, "top_k") or 1
-        most = _count(request.max_answer_tokens, "max_answer_tokens") or 15
+        top_k = _count(request.top_k, "top_k", MAX_ANSWERS) or 1
+        most = _count(request.max_answer_tokens, "max_answer_tokens", MAX_ANSWER_TOKENS) or 15
         stride = _count(request.doc_stride, "doc_stride") or None
         call = _call(request)
         pairs = [(one.question, one.context) for one in request.inputs]
@@ -200,9 +202,11 @@ def _call(request: Any) -> Any:
     return calls.current_call(request.priority)
 
 
-def _count(value: int, field: str) -> int:
+def _count(value: int, field: str, most: int | None = None) -> int:
     if value < 0:
         raise InvalidArgument(f"{field} is {value}; expected 0 or more.", field=field, limit=0)
+    if most is not None and value > most:
+        raise InvalidArgument(f"{field} is {value}; expected at most {most}.", field=field, limit=most)
     return value
 
 

@@ -25,6 +25,7 @@ from understudy.oip import open_inference_pb2 as pb
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "schedule_policy", "statistics")
 STREAM_WINDOW = 64  # requests of one stream that run at once; further ones wait in the transport
+_LIGHT_BYTES = 256 * 1024  # larger typed contents are read in a thread: each element becomes an object on the way
 _PRIORITIES = {0: Priority.INTERACTIVE, 1: Priority.CRITICAL, 2: Priority.INTERACTIVE, 3: Priority.BULK}
 _PARAMETERS = ("priority", "timeout", "truncate")
 _FINAL = "triton_enable_empty_final_response"  # the real client sends it on streams
@@ -216,7 +217,8 @@ class OpenInferenceServicer:
     async def _run(self, request: codec.Request, manifest: Manifest, call: Call) -> tuple[dict[str, Array], Results[Any], int]:
         """Outputs in the order asked for, what they took, and the entries along the batch axis."""
         message = request.message
-        inputs = codec.read_inputs(request)
+        heavy = not request.raw and message.ByteSize() > _LIGHT_BYTES
+        inputs = await asyncio.to_thread(codec.read_inputs, request) if heavy else codec.read_inputs(request)
         form = form_of(manifest)
         if form is not None and any(name in inputs for name in _names(form)):
             with self._runtime.use(manifest.name, None, manifest.version) as model:

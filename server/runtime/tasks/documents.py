@@ -11,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from server.core import Call, FloatArray, IntArray
-from server.errors import InputTooLong, UnderstudyError
+from server.errors import InputTooLong, RequestTooLarge, UnderstudyError
 from server.runtime.engine import Encoded
 from server.runtime.tasks.stages import INLINE_CHARACTERS, Account, Parts, characters, check_call, off_loop, run
 from server.runtime.tokenizers import TextInput, TextTokenizer, check_text, sequence_ids, window_positions
 
 # A document of more windows is a job for its sender to split: it would hold the model for minutes.
 MAX_WINDOWS = 256
+# The same for all documents of a call: what one call may make the server hold in memory at once.
+MAX_CALL_WINDOWS = 8192
+MAX_CALL_DOCUMENTS = 4  # characters of a call, in documents of the greatest length
 # Turning logits into spans takes some microseconds a token, in Python: more tokens than this go to a thread.
 LIGHT_TOKENS = 512
 T = TypeVar("T")
@@ -65,10 +68,20 @@ async def read_documents(
     """
     call.stage = "tokenize"
     started = time.perf_counter()
+    longest = _longest(parts.tokenizer)
+    # A document that is too long by itself gets an error of its own.
+    total, most = sum(size for one in inputs if (size := characters([one])) <= longest), MAX_CALL_DOCUMENTS * longest
+    if total > most:
+        message = f"the call has {total} characters; expected at most {most}. Send fewer documents in one call."
+        raise RequestTooLarge(message, field=fields[0].partition("[")[0], characters=total, limit=most)
     light = characters(inputs) <= INLINE_CHARACTERS
     documents = await off_loop(parts, light, _read, parts.tokenizer, inputs, fields, windows)
     account.timings.tokenize += time.perf_counter() - started
     check_call(call, "tokenize")
+    count = sum(len(one.sequences) for one in documents if isinstance(one, Document))
+    if count > MAX_CALL_WINDOWS:
+        message = f"the call's documents make {count} windows; expected at most {MAX_CALL_WINDOWS}. Send fewer documents in one call."
+        raise RequestTooLarge(message, field=fields[0].partition("[")[0], windows=count, limit=MAX_CALL_WINDOWS)
     return documents
 
 
@@ -141,9 +154,14 @@ def _cut(
     return document
 
 
+def _longest(tokenizer: TextTokenizer) -> int:
+    """Characters of a document that may still fit into its windows."""
+    return MAX_WINDOWS * tokenizer.max_characters // 8
+
+
 def _refuse(tokenizer: TextTokenizer, one: TextInput, field_name: str) -> UnderstudyError | None:
     names = ((one[0], f"{field_name}.question"), (one[1], f"{field_name}.context")) if isinstance(one, tuple) else ((one, field_name),)
-    limit = MAX_WINDOWS * tokenizer.max_characters // 8
+    limit = _longest(tokenizer)
     for text, name in names:
         error = check_text(text, name)
         if error is not None:

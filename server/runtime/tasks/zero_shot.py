@@ -18,6 +18,7 @@ from server.runtime.tokenizers import TextInput, check_text
 DEFAULT_TEMPLATE = "This example is {}."
 MAX_LABELS = 256
 MAX_PAIRS = 16_384
+MAX_SCORES = 65_536  # by embedding a pair costs no run, but each score is a message of the answer
 # Embedding models: scores are softmax(cosine / TEMPERATURE) over the labels; with multi_label each label's is
 # sigmoid((cosine - MIDPOINT) / TEMPERATURE). Least log loss of all-MiniLM-L6-v2 on 350 requests of Snips' seven intents, where 83 % of the
 # best labels are right and score 0.78 on average; cosines of right labels are 0.26 to 0.43 (quartiles), of wrong ones 0.03 to 0.16.
@@ -100,6 +101,10 @@ async def classify_zero_shot(
 ) -> Results[list[Label]]:
     phrases = phrases_of(labels, options.hypothesis_template)
     check_items(texts, "inputs")
+    scores = len(texts) * len(labels)
+    if scores > MAX_SCORES:
+        message = f"{len(texts)} texts with {len(labels)} labels make {scores} scores; expected at most {MAX_SCORES}. Send fewer."
+        raise RequestTooLarge(message, field="inputs", limit=MAX_SCORES)
     account = Account()
     if parts.manifest.task == Task.FEATURE_EXTRACTION:
         items, cut = await _by_embedding(parts, texts, labels, phrases, options, cache, account, call)
