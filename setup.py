@@ -32,6 +32,11 @@ ISA_FLAGS = {
 class BuildExt(build_ext):
     """Links the kernel library (a plain shared object, no Python module) beside the Cython modules."""
 
+    def build_extensions(self) -> None:
+        # Some Pythons put the folder that they were built in on every link line; a wheel carries no path of its builder.
+        self.compiler.linker_so = [part for part in self.compiler.linker_so if not part.startswith("-Wl,-rpath")]
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name != "native.kernels.libunderstudy_kernels":
             super().build_extension(ext)
@@ -78,7 +83,12 @@ class BuildPy(build_py):
 def cython_modules() -> list[Extension]:
     directives = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True, "initializedcheck": False}
     modules = [
-        Extension(f"native.{path.stem}", [str(path.relative_to(ROOT))], extra_compile_args=["-O3", "-fno-math-errno"])
+        Extension(
+            f"native.{path.stem}",
+            [str(path.relative_to(ROOT))],
+            extra_compile_args=["-O3", "-fno-math-errno", "-g0"],
+            depends=["setup.py"],
+        )
         for path in sorted((ROOT / "native").glob("*.pyx"))
     ]
     return list(cythonize(modules, compiler_directives=directives)) if modules else []
@@ -87,7 +97,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=[str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h")],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h"))],
 )
 
 setup(
