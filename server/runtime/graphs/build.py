@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from server.core import Task
+from server.errors import ModelRejected
 from server.runtime.graphs import parity
 from server.runtime.graphs.architecture import HeadKind
 from server.runtime.graphs.calibrate import Progress, check_tokens, choose_forms, default_texts, encode
@@ -22,6 +23,7 @@ from server.runtime.manifest import Quantization
 
 __all__ = ["Built", "build", "read_config", "supported_architectures"]
 
+GRAPH = "model.onnx"
 METHOD = "w8a8-smoothed-compensated-pair-safe"
 # How often the worst products may be sent back to float32 before the build gives up, and which share of them each time.
 RETRIES = 3
@@ -71,13 +73,23 @@ def build(
     return finish_int8(model, out, task, chosen, held, report)
 
 
+def _require(files: Sequence[Path], figures: Mapping[str, float], limits: parity.Tolerances, mend: str) -> None:
+    """Raises ModelRejected where the figures are out of tolerance, and leaves nothing of the graph."""
+    try:
+        parity.require(figures, limits, mend)
+    except ModelRejected:
+        for file in files:
+            file.unlink()
+        raise
+
+
 def _build_float(model: Checkpoint, out: Path, task: Task, report: Progress) -> Built:
     report("write", 0.0)
-    files = write_graph(model, {}, out / "model.onnx")
+    files = write_graph(model, {}, out / GRAPH)
     report("check", 0.0)
     batch = _random_batch(model)
     figures = _figures(model, files[0], batch)
-    parity.require(figures, parity.FLOAT32, "Please report it with the model's config.json.")
+    _require(files, figures, parity.FLOAT32, "Please report it with the model's config.json.")
     report("check", 1.0)
     return Built(files[0], files, _manifest(model, task, figures, None), figures)
 
@@ -94,12 +106,12 @@ def finish_int8(model: Checkpoint, out: Path, task: Task, chosen: dict[str, Choi
     for attempt in range(RETRIES + 1):
         floats = set(worst[: int(np.ceil(attempt * BACK_TO_FLOAT * len(worst)))])
         report("write", attempt / (RETRIES + 1))
-        files = write_graph(model, {name: c.product for name, c in chosen.items() if name not in floats}, out / "model.onnx")
+        files = write_graph(model, {name: c.product for name, c in chosen.items() if name not in floats}, out / GRAPH)
         report("check", attempt / (RETRIES + 1))
         figures = parity.measure(model.kind, parity.run_graph(files[0], model, held), want, held.cu)
         if not parity.failures(figures, limits):
             break
-    parity.require(figures, limits, "Calibrate on text like the traffic, or serve the model in float32.")
+    _require(files, figures, limits, "Calibrate on text like the traffic, or serve the model in float32.")
     report("check", 1.0)
     layers = {name: "fp32" if name in floats else choice.form for name, choice in chosen.items()}
     quantization = Quantization(method=METHOD, weight_bits=8, layers=layers)

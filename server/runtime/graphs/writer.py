@@ -91,10 +91,11 @@ def write_graph(model: Checkpoint, plan: Plan, path: Path) -> tuple[Path, ...]:
     """
     proto = _Writer(model, plan).write()
     size = sum(len(t.raw_data) for t in proto.graph.initializer)
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)  # onnx would append to it
     if size <= MAX_EMBEDDED_BYTES:
         onnx.save(proto, path)
         return (path,)
-    data = path.with_name(path.name + ".data")
     onnx.save(proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=4096)
     return (path, data)
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from server.core import Task
+from server.errors import ModelRejected
+from server.runtime.graphs import writer
 from server.runtime.graphs.build import Built, build, finish_int8
 from server.runtime.graphs.calibrate import choose_forms, default_texts, encode
 from server.runtime.graphs.checkpoint import read_checkpoint
@@ -90,8 +93,6 @@ def test_each_gelu_is_its_own(activation: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "shards", "tensorflow-names", "no-prefix"])
 def test_forms_of_checkpoints(kind: str, tmp_path: Path) -> None:
-    import torch
-
     model = random_model(tmp_path, "bert", Task.TEXT_CLASSIFICATION)
     file = tmp_path / "model.safetensors"
     if kind in ("float16", "bfloat16"):
@@ -150,7 +151,7 @@ def test_int8_is_near_and_does_not_know_its_neighbours(architecture: str, task: 
     for row, sequence in zip(together, sequences, strict=True):
         np.testing.assert_array_equal(packed_answers(built, [sequence])[0], row)
     layers = built.manifest["quantization"].layers
-    assert set(layers.values()) <= {"static", "row"}
+    assert set(layers.values()) <= {"static", "row", "fp32"}
     assert len(layers) == 8
     assert [s for s in stages if s[0] == "quantize"][-1] == ("quantize", 1.0)
     assert stages[-1] == ("check", 1.0)
@@ -176,3 +177,29 @@ def test_a_product_that_int8_spoils_goes_back_to_float32(tmp_path: Path) -> None
     layers = built.manifest["quantization"].layers
     assert [name for name, form in layers.items() if form == "fp32"] == ["layer1.out"]
     assert built.parity["cosine_mean"] >= 0.9975
+
+
+def test_weights_beyond_a_protobuf_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_EMBEDDED_BYTES", 10_000)
+    model = random_model(tmp_path, "bert", Task.FEATURE_EXTRACTION)
+    sizes = []
+    for _ in range(2):  # the second build replaces the first's weights
+        built = build(tmp_path, tmp_path, task=Task.FEATURE_EXTRACTION, form="float32")
+        assert [file.name for file in built.files] == ["model.onnx", "model.onnx.data"]
+        sizes.append(built.files[1].stat().st_size)
+    assert sizes[0] == sizes[1]
+    sequences = random_sequences([20], 2)
+    np.testing.assert_allclose(packed_answers(built, sequences)[0], answers(model, sequences, types=True)[0], atol=1e-4)
+
+
+def test_nothing_is_left_of_a_graph_that_fails_its_check(tmp_path: Path) -> None:
+    random_model(tmp_path, "bert", Task.FEATURE_EXTRACTION)
+    write_tokenizer(tmp_path)
+    checkpoint = read_checkpoint(tmp_path, Task.FEATURE_EXTRACTION)
+    used, held = encode(tmp_path, default_texts(), Task.FEATURE_EXTRACTION, 64)
+    chosen = choose_forms(checkpoint, used, lambda stage, share: None)
+    spoiled = {n: replace(c, product=replace(c.product, weight=np.roll(c.product.weight, 1, axis=1))) for n, c in chosen.items()}
+    with pytest.raises(ModelRejected, match="does not answer as the original") as caught:
+        finish_int8(checkpoint, tmp_path, Task.FEATURE_EXTRACTION, spoiled, held, lambda stage, share: None)
+    assert "cosine_mean=" in caught.value.metadata["figures"]
+    assert not (tmp_path / "model.onnx").exists()
