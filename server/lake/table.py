@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # One commit takes at most so much log, so that a long backlog does not have to fit in memory.
 COMMIT_BYTES = 64 << 20
+# Every flush makes a file; readers want few.
+FILES = 200
 # A replayed segment is at most as old as a backup; ids older than that may be forgotten by the table.
 _PROPERTIES = {"delta.setTransactionRetentionDuration": "interval 90 days", "delta.logRetentionDuration": "interval 30 days"}
 
@@ -100,7 +102,10 @@ def convert(lake: Path, table: str) -> int:
             if size >= COMMIT_BYTES:
                 total += _commit(lake, table, batch)
                 batch, size = [], 0
-        return total + (_commit(lake, table, batch) if batch else 0)
+        total += _commit(lake, table, batch) if batch else 0
+        if total:
+            _tidy(lake, table)
+        return total
 
 
 def _commit(lake: Path, table: str, segments: list[Path]) -> int:
@@ -126,6 +131,14 @@ def _commit(lake: Path, table: str, segments: list[Path]) -> int:
     for path in segments:
         path.unlink(missing_ok=True)
     return int(data.num_rows)
+
+
+def _tidy(lake: Path, table: str) -> None:
+    """Joins small files once there are many, and removes those that were joined a week ago: a reader may still be at the newer ones."""
+    found = open_table(lake, table)
+    if found is not None and len(found.file_uris()) > FILES:
+        found.optimize.compact()
+        found.vacuum(dry_run=False)
 
 
 def _intact(path: Path) -> list[dict[str, Any]]:

@@ -94,12 +94,15 @@ def fit(probabilities: FloatArray, acceptable: BoolArray, *, folds: int = 5, see
 
 
 def expected_error(qualities: FloatArray, acceptable: BoolArray, *, bins: int = 10) -> float:
-    """Expected calibration error over bins of equal counts (Nguyen and O'Connor 2015): |mean quality - share acceptable|, weighted."""
+    """Expected calibration error over bins of equal counts (Nguyen and O'Connor 2015): |mean quality - share acceptable|, weighted.
+
+    A bin has MIN_ROWS rows at least: in smaller ones chance alone looks like an error.
+    """
     if not len(qualities):
         return 0.0
     order = np.argsort(qualities, kind="stable")
     total = 0.0
-    for rows in np.array_split(order, min(bins, len(order))):
+    for rows in np.array_split(order, max(min(bins, len(order) // MIN_ROWS), 1)):
         total += len(rows) * abs(float(qualities[rows].mean()) - float(acceptable[rows].mean()))
     return total / len(qualities)
 

@@ -80,6 +80,16 @@ def test_a_killed_converter_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert ids(tmp_path) == sorted(f"i{n}" for n in range(60))
 
 
+def test_small_files_are_joined_and_no_row_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "FILES", 3)
+    for start in range(0, 24, 4):
+        write(tmp_path, range(start, start + 4))
+        table.convert(tmp_path, INTERACTIONS)
+    assert ids(tmp_path) == sorted(f"i{n}" for n in range(24))
+    found = table.open_table(tmp_path, INTERACTIONS)
+    assert found is not None and len(found.file_uris()) <= 3
+
+
 def test_a_record_that_does_not_fit_harms_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = Log(table.log_folder(tmp_path, INTERACTIONS))
     log.append([record(1), {"no": "time"}, record(2, cost_micro_usd="dear"), record(3, from_a_newer_release=1)])
