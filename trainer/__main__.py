@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     from server.errors import UnderstudyError
     from trainer.train import train as run
 
+    # An end from outside is an exception like any other, so that the job is closed as failed and not left running for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(options.config, flags=dict(_pair(parser, text) for text in options.set))
         with _Bars() as progress:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -181,3 +182,18 @@ def test_the_command_runs_it_as_a_process(workplace: Path) -> None:
         [*command[:4], "nothing", *command[5:]], cwd=workplace, env=environment, capture_output=True, text=True, check=False
     )
     assert bad.returncode == 1 and "There is no skill" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_a_run_that_is_stopped_closes_its_job(workplace: Path) -> None:
+    fill(workplace / "lake", texts(300, 3))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
+    command = [sys.executable, "-m", "trainer", "train", "intent", "--config", str(workplace / "understudy.toml")]
+    running = subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL)
+    registry = Registry(config(workplace).registry)
+    while not registry.jobs("intent"):
+        assert running.poll() is None
+    running.terminate()
+    assert running.wait() in (128 + signal.SIGTERM, 0), "stopped, or done before the signal came"
+    (job,) = registry.jobs("intent")
+    assert job.state == ("failed" if running.returncode else "succeeded")
+    registry.close()
