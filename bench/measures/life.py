@@ -199,6 +199,7 @@ def swap(cycles: int = 20) -> Row:
     shutil.copytree(source / "1", models / STARTER / "1")
     shutil.copytree(source / "1", models / STARTER / "2")
     manifest = models / STARTER / "2" / "manifest.json"
+    manifest.chmod(0o644)
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": "2"}))
     try:
         with serve(models, extra={"models.load": [f"{STARTER}@1"]}) as server:

@@ -131,19 +131,23 @@ def native() -> Row:
 
 
 def pack_and_pool_ratio() -> float:
-    from native import batching, batching_py
+    from native import batching, batching_py  # type: ignore[attr-defined]
 
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 30000, n).astype(np.int64) for n in rng.integers(8, 40, 64)]
     total = sum(map(len, ids))
     hidden = rng.standard_normal((total, 384)).astype(np.float32)
 
+    no_types: list[Any] = [None] * len(ids)
+    specs = np.array([(batching.MEAN, 1, 384)] * len(ids), np.int32)
+
     def once(module: Any) -> float:
         buffers = [np.empty(total, np.int64) for _ in range(3)]
         bounds = np.empty(len(ids) + 1, np.int32)
+        vectors = np.empty((len(ids), 384), np.float32)
         start = time.perf_counter()
-        module.pack(ids, None, buffers[0], buffers[1], buffers[2], bounds)
-        module.pool(hidden, bounds, "mean", True, 384)
+        module.pack(ids, no_types, *buffers, bounds)
+        module.pool(hidden, bounds[:-1], bounds[1:], specs, vectors)
         return time.perf_counter() - start
 
     times: dict[Any, list[float]] = {batching: [], batching_py: []}

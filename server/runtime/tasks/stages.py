@@ -98,7 +98,6 @@ async def tokenize(
     call.stage = "tokenize"
     started = time.perf_counter()
     light = characters(inputs) <= INLINE_CHARACTERS
-    call.stage = "tokenize"
     tokens = await off_loop(parts, light, parts.tokenizer.encode_within, inputs, fields, cut)
     account.timings.tokenize += time.perf_counter() - started
     check_call(call, "tokenize")
