@@ -202,7 +202,7 @@ def compare(name: str, items: Sequence[Any], ours: Sequence[Any], theirs: Sequen
 async def entities(model: EncoderModel, pipe: Any, name: str, texts: Sequence[str], few: int | None) -> list[Parity]:
     """Every aggregation strategy on every text, and windows on texts that are too long for the model."""
     found = []
-    long_texts = [" ".join(texts[i : i + 20]) for i in range(0, len(texts), 20)][:few and max(1, few // 5)]
+    long_texts = [" ".join(texts[i : i + 20]) for i in range(0, len(texts), 20)][: few and max(1, few // 5)]
     for aggregation in AGGREGATIONS:
         part = texts if aggregation == "simple" else texts[:few]
         ours = await model.extract_entities(part, call=Call("parity"), aggregation=aggregation, truncate=True)
@@ -228,9 +228,7 @@ def _entities(found: Sequence[dict[str, Any]], text: str) -> list[tuple[Any, ...
     ]
 
 
-async def answers(
-    model: EncoderModel, pipe: Any, name: str, questions: Sequence[tuple[str, str]], few: int | None
-) -> list[Parity]:
+async def answers(model: EncoderModel, pipe: Any, name: str, questions: Sequence[tuple[str, str]], few: int | None) -> list[Parity]:
     """The best answer of every question, three answers, and "no answer" allowed, over contexts of several windows."""
     found = []
     for label, ours_options, their_options in (

@@ -33,9 +33,7 @@ def start_server(tmp_path: Path, small_models: Path) -> Iterator[StartServer]:
     """Starts servers of a test's own: `start_server(config="", models=small_models, env=None, ready=True)`. Each must end cleanly."""
     started: list[ServerProcess] = []
 
-    def start(
-        config: str = "", *, models: Path | None = None, env: Mapping[str, str] | None = None, ready: bool = True
-    ) -> ServerProcess:
+    def start(config: str = "", *, models: Path | None = None, env: Mapping[str, str] | None = None, ready: bool = True) -> ServerProcess:
         folder = tmp_path / f"server{len(started)}"
         running = ServerProcess(folder, config, models=models or small_models, env=env)
         started.append(running)

@@ -48,9 +48,7 @@ class EncoderModel:
         options = embedding.EmbedOptions(dimensions, normalize, pooling, truncate, kind)
         return await embedding.embed(self._parts, texts, options, call=call)
 
-    async def classify(
-        self, inputs: Sequence[TextInput], *, call: Call, top_k: int = 0, truncate: bool = False
-    ) -> Results[list[Label]]:
+    async def classify(self, inputs: Sequence[TextInput], *, call: Call, top_k: int = 0, truncate: bool = False) -> Results[list[Label]]:
         """The model's labels for texts or (text, pair), best first; `top_k` 0 means all."""
         return await classification.classify(self._parts, inputs, call=call, top_k=top_k, truncate=truncate)
 
@@ -69,9 +67,7 @@ class EncoderModel:
         options = zero_shot.ZeroShotOptions(multi_label, hypothesis_template, truncate, top_k)
         return await zero_shot.classify_zero_shot(self._parts, texts, labels, options, self._labels, call=call)
 
-    async def rerank(
-        self, query: str, documents: Sequence[str], *, call: Call, top_n: int = 0, truncate: bool = False
-    ) -> Results[Ranked]:
+    async def rerank(self, query: str, documents: Sequence[str], *, call: Call, top_n: int = 0, truncate: bool = False) -> Results[Ranked]:
         """Documents best first (not in the caller's order), at most `top_n`; then the errors of those that failed."""
         return await ranking.rerank(self._parts, query, documents, call=call, top_n=top_n, truncate=truncate)
 
@@ -85,9 +81,7 @@ class EncoderModel:
         stride: int | None = None,
     ) -> Results[list[Entity]]:
         """Entities in order of appearance. Long texts are read in windows that share `stride` tokens, unless `truncate`."""
-        return await entities.extract_entities(
-            self._parts, texts, call=call, aggregation=aggregation, truncate=truncate, stride=stride
-        )
+        return await entities.extract_entities(self._parts, texts, call=call, aggregation=aggregation, truncate=truncate, stride=stride)
 
     async def answer(
         self,

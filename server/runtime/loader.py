@@ -74,9 +74,7 @@ class LoadedModel:
                 f"model {manifest.name!r} version {manifest.version} has no tokenizer.json; expected one for {manifest.task.value}.",
                 model=manifest.name,
             )
-        tokenizer = await in_thread(
-            lambda: TextTokenizer.load(path, max_tokens=manifest.max_tokens, token_types=manifest.token_types)
-        )
+        tokenizer = await in_thread(lambda: TextTokenizer.load(path, max_tokens=manifest.max_tokens, token_types=manifest.token_types))
         self._engine = Engine(self._session, GraphForm.of(manifest), settings, observer)
         self.encoder = EncoderModel(manifest, tokenizer, self._engine)
         probe = tokenizer.tokens(tokenizer.encode(["warm"])[0])
