@@ -96,7 +96,6 @@ $(TOOLS)/bin/%: | $(BIN)/python
 	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
 GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
-GO_hey     := github.com/rakyll/hey@v0.1.4
 
 format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
 	$(BIN)/ruff check --fix -q .
@@ -109,7 +108,7 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 bench: bench-serve  ## All measurements.
 
-bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz $(TOOLS)/bin/hey  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
+bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
 
 wheel: $(READY)  ## Builds the wheel into dist/.

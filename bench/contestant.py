@@ -90,17 +90,19 @@ class EngineAlone:
     def __init__(self, model: str) -> None:
         from tokenizers import Tokenizer
 
-        from server.runtime.engine import Engine, GraphForm
+        from server.runtime.engine import Engine, EngineSettings, GraphForm
+        from server.runtime.loader import MOST_LANES
         from server.runtime.repository import Repository
-        from server.runtime.sessions import Sessions, SessionSettings
+        from server.runtime.sessions import Sessions, SessionSettings, usable_cores
 
         files = Repository(ROOT / "models").open(model)
         self.tokenizer = Tokenizer.from_file(str(files.tokenizer))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(512)
         self.loop = asyncio.new_event_loop()
+        settings = EngineSettings(lanes=min(usable_cores(), MOST_LANES))
         session = Sessions(SessionSettings()).open(files.model)
-        self.engine = self.loop.run_until_complete(self._open(lambda: Engine(session, GraphForm.of(files.manifest))))
+        self.engine = self.loop.run_until_complete(self._open(lambda: Engine(session, GraphForm.of(files.manifest), settings)))
         self.sets: dict[str, list[Any]] = {}
 
     async def _open(self, make: Any) -> Any:

@@ -252,41 +252,43 @@ def _load(report: dict[str, Any]) -> Load:
     return Load(codes.get("OK", 0) / seconds, spread.get(50, 0.0), spread.get(95, 0.0), spread.get(99, 0.0), codes, seconds)
 
 
-def hey(url: str, body: dict[str, Any], *, concurrency: int, seconds: float) -> Load:
-    """Closed loop over HTTP, for the peers that speak nothing else. It sends one body; a text of median length spares the peer all
-    padding.
-    """
-    import csv
+def http_load(port: int, path: str, bodies: Sequence[dict[str, Any]], *, concurrency: int, seconds: float) -> Load:
+    """Closed loop over HTTP/1.1 keep-alive, bodies in turn, for the peers that speak nothing else; about 0.1 ms of one core a request."""
+    requests = [_http_request(port, path, json.dumps(body).encode()) for body in bodies]
+    return asyncio.run(_http_loop(port, requests, concurrency, seconds))
 
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=BUILD) as file:
-        json.dump(body, file)
-        file.flush()
-        command = [
-            str(TOOLS / "hey"),
-            "-z",
-            f"{seconds}s",
-            "-c",
-            str(concurrency),
-            "-m",
-            "POST",
-            "-T",
-            "application/json",
-            "-D",
-            file.name,
-            "-o",
-            "csv",
-            url,
-        ]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = list(csv.DictReader(out.splitlines()))
-    times = sorted(float(r["response-time"]) * 1e3 for r in rows if r["status-code"] == "200") or [0.0]
+
+def _http_request(port: int, path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def _http_loop(port: int, requests: Sequence[bytes], concurrency: int, seconds: float) -> Load:
+    times: list[float] = []
     codes: dict[str, int] = {}
-    for r in rows:
-        code = "OK" if r["status-code"] == "200" else r["status-code"]
-        codes[code] = codes.get(code, 0) + 1
+    begun = time.perf_counter()
+
+    async def caller(first: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        n = first
+        while time.perf_counter() - begun < seconds:
+            start = time.perf_counter()
+            writer.write(requests[n % len(requests)])
+            n += concurrency
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = re.search(rb"content-length: (\d+)", head)
+            assert length, head
+            await reader.readexactly(int(length[1]))
+            code = "OK" if b" 200 " in head.split(b"\r\n", 1)[0] else head.split(b" ", 2)[1].decode()
+            codes[code] = codes.get(code, 0) + 1
+            times.append((time.perf_counter() - start) * 1e3)
+        writer.close()
+
+    await asyncio.gather(*(caller(i) for i in range(concurrency)))
+    total = time.perf_counter() - begun
+    times.sort()
     p50, p95, p99 = (times[min(len(times) - 1, int(len(times) * q))] for q in (0.50, 0.95, 0.99))
-    return Load(codes.get("OK", 0) / seconds, p50, p95, p99, codes, seconds)
+    return Load(codes.get("OK", 0) / total, p50, p95, p99, codes, total)
 
 
 def include_path() -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import BUILD, ROOT, Load, free_port, ghz, hey
+from bench.harness import BUILD, ROOT, Load, free_port, ghz, http_load
 
 HERE = Path(__file__).resolve().parent
 PINS = ["onnxruntime==1.31.1", "tokenizers", "numpy"]
@@ -89,8 +89,7 @@ def litserve() -> Iterator[Any]:
     ):
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
-            middle = sorted(texts, key=len)[len(texts) // 2]
-            return hey(f"{url}/predict", {"text": middle}, concurrency=concurrency, seconds=seconds)
+            return http_load(port, "/predict", [{"text": t} for t in texts], concurrency=concurrency, seconds=seconds)
 
         yield load
 

@@ -3,6 +3,7 @@
 #include "ort_abi.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -97,10 +98,25 @@ static int fits(call *c, size_t index, const char *name, size_t rank, int64_t a,
     return 0;
 }
 
-/* ParallelFor runs on the session's own pool; without one (a single thread) it runs in place. */
+/* Operators that compute at this moment, over all sessions: about the number of runs. */
+static atomic_int computing;
+static atomic_int pool_threads;
+
+/* Sets how many threads the shared pool has; 0, as long as nobody says: not known, every operator may use all. */
+__attribute__((visibility("default"))) void us_share_threads(int threads) { atomic_store(&pool_threads, threads); }
+
+/* ParallelFor runs on the session's own pool; without one (a single thread) it runs in place. Runs that go on at the same time share the
+   threads: where each has one or none, splitting would only add waiting. */
 static void *run_in_session(void *pool, void (*task)(void *, size_t), size_t count, void *data) {
     const call *c = pool;
-    return US_ORT(c->self->api, KernelContext_ParallelFor)(c->context, task, count, 0, data);
+    const int threads = atomic_load_explicit(&pool_threads, memory_order_relaxed);
+    const int runs = atomic_load_explicit(&computing, memory_order_relaxed);
+    const int share = threads > 0 && runs > 1 ? threads / runs : 0;
+    if (threads > 0 && runs > 1 && share < 2) {
+        for (size_t i = 0; i < count; i++) task(data, i);
+        return NULL;
+    }
+    return US_ORT(c->self->api, KernelContext_ParallelFor)(c->context, task, count, (size_t)share, data);
 }
 
 static us_quant quant_outputs(call *c, size_t mult, size_t first_output, int64_t rows, int64_t cols) {
@@ -196,6 +212,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     for (size_t i = 0; i < c.self->op->inputs && i < present && !c.status; i++) read_input(&c, i);
     if (c.status) return c.status;
     const char *wrong = NULL;
+    atomic_fetch_add_explicit(&computing, 1, memory_order_relaxed);
     switch (c.self->op->kind) {
     case ATTENTION: wrong = compute_attention(&c, &runner); break;
     case NORM: wrong = compute_norm(&c, &runner); break;
@@ -203,6 +220,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     case EMBED: wrong = compute_embed(&c, &runner); break;
     case GEMM: wrong = compute_gemm(&c, &runner); break;
     }
+    atomic_fetch_sub_explicit(&computing, 1, memory_order_relaxed);
     keep(&c, runner.failure);
     if (wrong) keep(&c, refuse(c.self, wrong));
     return c.status;

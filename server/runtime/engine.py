@@ -87,13 +87,16 @@ class Engine(Worker[_Item, FloatArray]):
     ) -> None:
         settings = settings or EngineSettings()
         self.graph = graph
-        self._packer = Packer(
-            session,
-            graph.form,
-            capacity=max(settings.token_budget, graph.max_tokens),
-            max_sequences=settings.max_sequences,
-            pad_id=graph.pad_id,
-        )
+        self._packers = [
+            Packer(
+                session,
+                graph.form,
+                capacity=max(settings.token_budget, graph.max_tokens),
+                max_sequences=settings.max_sequences,
+                pad_id=graph.pad_id,
+            )
+            for _ in range(settings.lanes)
+        ]
         self._output = session.outputs[0].name
         width = session.outputs[0].shape[-1] if session.outputs[0].shape else None
         self.width = width if isinstance(width, int) else None
@@ -143,9 +146,9 @@ class Engine(Worker[_Item, FloatArray]):
             return InvalidArgument(f"sequence {index} has no token; at least one is needed")
         return None
 
-    def _execute(self, batch: list[tuple[Flight[_Item, FloatArray], int]], stop: Stop) -> Outcome[FloatArray]:
+    def _execute(self, batch: list[tuple[Flight[_Item, FloatArray], int]], stop: Stop, lane: int) -> Outcome[FloatArray]:
         items = [flight.pieces[index] for flight, index in batch]
-        packed = self._packer.pack([sequence for sequence, _ in items])
+        packed = self._packers[lane].pack([sequence for sequence, _ in items])
         start = time.monotonic()
         output = self._session.run(packed.feeds, [self._output], stop)[0]
         ran = time.monotonic()

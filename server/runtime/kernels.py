@@ -51,6 +51,11 @@ def isa_name() -> str:
     return name
 
 
+def share_threads(threads: int) -> None:
+    """Tells the operators how many threads the pool of all sessions has; runs that go on at the same time then divide them."""
+    ctypes.CDLL(str(library_path())).us_share_threads(ctypes.c_int(threads))
+
+
 def has_fast_product() -> bool:
     """Whether Int8Gemm is faster here than ONNX Runtime's MatMulIntegerToFloat: on AVX2 without VNNI it is, by about 1.2 times."""
     return isa_name() == "avx2"

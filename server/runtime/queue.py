@@ -60,7 +60,7 @@ class DrainRate:
 
 
 class WorkQueue(Generic[W]):
-    """Work items with a size in tokens. `put` and `cancel` never block; `take` blocks one consumer thread until there is work.
+    """Work items with a size in tokens. `put` and `cancel` never block; `take` blocks a consumer thread until there is work.
 
     Any thread may call any method. Nothing is dropped silently: an item that was put leaves through `take` (in a batch or expired),
     through `cancel`, or through `close(drain=False)`.
@@ -143,7 +143,10 @@ class WorkQueue(Generic[W]):
             horizon_ns = int(_MARGIN * self.rate.seconds_for(min(self._queue.tokens, token_budget)) * 1e9)
             chosen, expired = self._queue.take(time.monotonic_ns(), token_budget, max_sequences, horizon_ns)
             pop = self._items.pop
-            return Taken([pop(ticket) for ticket in chosen], [pop(ticket) for ticket in expired])
+            taken = Taken([pop(ticket) for ticket in chosen], [pop(ticket) for ticket in expired])
+            if self._items:
+                self._ready.notify()  # more than one batch waits: another consumer may start on the next
+            return taken
 
     def cancel(self, tickets: Sequence[int]) -> list[W]:
         """Removes those that still wait, and returns them."""

@@ -149,6 +149,7 @@ class Sessions:
             if Sessions._environment is None and (library := _ort_library()) is not None:
                 threads = self.settings.threads or usable_cores()
                 Sessions._environment = native.Environment(library, threads, self.settings.spinning)
+                _share_threads(threads)
             return Sessions._environment
 
 
@@ -257,6 +258,12 @@ def _ort_library() -> str | None:
 
 def _is_main(name: str) -> bool:
     return name.startswith(("libonnxruntime.so", "libonnxruntime.dylib", "libonnxruntime.1"))
+
+
+def _share_threads(threads: int) -> None:
+    from server.runtime import kernels
+
+    kernels.share_threads(threads)
 
 
 def _kernels() -> str:

@@ -129,7 +129,7 @@ class TensorEngine(Worker[_Asked, Tensors]):
             )
         return feeds
 
-    def _execute(self, batch: list[Piece[_Asked, Tensors]], stop: Stop) -> Outcome[Tensors]:
+    def _execute(self, batch: list[Piece[_Asked, Tensors]], stop: Stop, lane: int) -> Outcome[Tensors]:
         start = time.monotonic()
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         asked = [flight.pieces[index] for flight, index in batch]

@@ -1,4 +1,4 @@
-"""The loop that every engine runs: take -> run -> deliver, on one thread a model, with one wake-up of the event loop a batch.
+"""The loop that every engine runs: take -> run -> deliver, on its own threads, with one wake-up of the event loop a batch.
 
 An engine adds what a batch means: how pieces become feeds, and outputs become rows.
 """
@@ -36,6 +36,7 @@ class EngineSettings:
 
     token_budget: int = 512
     max_sequences: int = 256
+    lanes: int = 1  # batches that may run at once, each on a thread of its own
     limits: QueueLimits = field(default_factory=QueueLimits)
 
 
@@ -81,7 +82,10 @@ class Outcome(Generic[R]):
 
 
 class Worker(ABC, Generic[P, R]):
-    """A model's queue and thread. The session belongs to who opened it, and must stay open until `close` has returned."""
+    """A model's queue and its lanes: threads that each take a batch and run it.
+
+    The session belongs to who opened it, and must stay open until `close` has returned.
+    """
 
     def __init__(
         self, name: str, version: str, session: Session, settings: EngineSettings, observer: Observer | None, *, padded: bool = False
@@ -92,13 +96,18 @@ class Worker(ABC, Generic[P, R]):
         self._session = session
         self._observer: Observer = observer or NullObserver()
         self._queue: WorkQueue[Piece[P, R]] = WorkQueue(name, settings.limits, padded=padded)
-        self._running: tuple[list[Piece[P, R]], Stop] | None = None
-        self._thread = threading.Thread(target=self._serve, name=f"engine-{name}-{version}", daemon=True)
-        self._thread.start()
+        # What each lane runs now; a lane writes its own place alone.
+        self._running: list[tuple[list[Piece[P, R]], Stop] | None] = [None] * settings.lanes
+        self._threads = [
+            threading.Thread(target=self._serve, args=(lane,), name=f"engine-{name}-{version}-{lane}", daemon=True)
+            for lane in range(settings.lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @abstractmethod
-    def _execute(self, batch: list[Piece[P, R]], stop: Stop) -> Outcome[R]:
-        """Runs a batch on the engine's thread. What it raises fails the batch's calls, after each had a try alone."""
+    def _execute(self, batch: list[Piece[P, R]], stop: Stop, lane: int) -> Outcome[R]:
+        """Runs a batch on the thread of `lane`. What it raises fails the batch's calls, after each had a try alone."""
 
     @property
     def waiting(self) -> int:
@@ -132,12 +141,13 @@ class Worker(ABC, Generic[P, R]):
         return flight
 
     async def close(self, *, drain: bool = True) -> None:
-        """Refuses new calls; with `drain` finishes the accepted ones, without it fails those that wait; returns once the thread ended."""
+        """Refuses new calls; with `drain` finishes the accepted ones, without it fails those that wait; returns once the threads ended."""
         left = self._queue.close(drain=drain)
         if left:
             error = Draining(f"model {self.name!r} was stopped before this call ran; send it again, to another replica if there is one")
             self._fail({flight for flight, _ in left}, error)
-        await asyncio.to_thread(self._thread.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _abandon(self, flight: Flight[P, R], tickets: Sequence[int]) -> None:
         flight.abandoned = True
@@ -145,16 +155,16 @@ class Worker(ABC, Generic[P, R]):
         if withdrawn:
             self._observer.skipped(self.name, "cancelled", len(withdrawn))
             self._observer.queue_depth(self.name, self._queue.waiting)
-        running = self._running
-        if running is not None and all(other.gone for other, _ in running[0]):
-            running[1].set()
+        for running in self._running:
+            if running is not None and all(other.gone for other, _ in running[0]):
+                running[1].set()
 
-    # On the engine's thread.
+    # On a lane's thread.
 
-    def _serve(self) -> None:
+    def _serve(self, lane: int) -> None:
         while (taken := self._queue.take(self.settings.token_budget, self.settings.max_sequences)) is not None:
             try:
-                self._process(taken)
+                self._process(taken, lane)
             except Exception as error:
                 # A mistake of ours or of an observer's: the thread goes on, and whoever was not answered yet hears of it.
                 log.exception("engine %s failed outside of a run", self.name)
@@ -162,7 +172,7 @@ class Worker(ABC, Generic[P, R]):
                 self._fail(flights, InternalError(f"model {self.name!r} failed on a batch: {error}"))
             del taken  # the next `take` may block for long: hold nothing of this batch meanwhile
 
-    def _process(self, taken: Taken[Piece[P, R]]) -> None:
+    def _process(self, taken: Taken[Piece[P, R]], lane: int) -> None:
         began = time.monotonic()
         if taken.expired:
             self._expire(taken.expired)
@@ -170,16 +180,16 @@ class Worker(ABC, Generic[P, R]):
         if len(batch) < len(taken.batch):
             self._observer.skipped(self.name, "cancelled", len(taken.batch) - len(batch))
         if batch:
-            self._deliver(batch, self._attempt(batch), began)
+            self._deliver(batch, self._attempt(batch, lane), began)
 
-    def _attempt(self, batch: list[Piece[P, R]]) -> Outcome[R]:
+    def _attempt(self, batch: list[Piece[P, R]], lane: int) -> Outcome[R]:
         stop = self._session.stop()
         for flight, _ in batch:
             flight.call.stage = "run"
-        self._running = (batch, stop)
+        self._running[lane] = (batch, stop)
         start = time.monotonic()
         try:
-            return self._execute(batch, stop)
+            return self._execute(batch, stop, lane)
         except Exception as error:
             known = error if isinstance(error, UnderstudyError) else InternalError(f"model {self.name!r} failed on a batch: {error}")
             if isinstance(known, Cancelled):
@@ -189,10 +199,10 @@ class Worker(ABC, Generic[P, R]):
             self._observer.run_failed(self.name, known.reason)
             known.__cause__ = error if error is not known else None
         finally:
-            self._running = None
-        return self._one_by_one(batch, known, time.monotonic() - start)
+            self._running[lane] = None
+        return self._one_by_one(batch, known, time.monotonic() - start, lane)
 
-    def _one_by_one(self, batch: list[Piece[P, R]], error: UnderstudyError, seconds: float) -> Outcome[R]:
+    def _one_by_one(self, batch: list[Piece[P, R]], error: UnderstudyError, seconds: float, lane: int) -> Outcome[R]:
         """After a failed run: each call's pieces alone, so that only the call at fault fails."""
         shares: dict[Flight[P, R], list[int]] = defaultdict(list)
         for i, (flight, _) in enumerate(batch):
@@ -202,7 +212,7 @@ class Worker(ABC, Generic[P, R]):
         if len(shares) == 1:
             return outcome
         for places in shares.values():
-            alone = self._attempt([batch[i] for i in places])
+            alone = self._attempt([batch[i] for i in places], lane)
             for place, row in zip(places, alone.rows, strict=True):
                 rows[place] = row
             outcome.tokens += alone.tokens
@@ -220,7 +230,8 @@ class Worker(ABC, Generic[P, R]):
             _call_soon(loop, partial(_arrive, done, timings, began, now))
         cost = sum(flight.sizes[index] for flight, index in batch)
         fill = max(cost, outcome.tokens) / self.settings.token_budget
-        self._queue.rate.record(cost, now - began, max(fill, len(batch) / self.settings.max_sequences))
+        busy = 1 + sum(running is not None for running in self._running)  # this lane's run has just ended
+        self._queue.rate.record(cost, (now - began) / busy, max(fill, len(batch) / self.settings.max_sequences))
         self._observer.batch_done(
             BatchReport(
                 model=self.name,

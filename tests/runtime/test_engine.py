@@ -96,14 +96,30 @@ async def occupied(made: Engine, recorder: Recorder) -> asyncio.Task[Any]:
     return task
 
 
-def test_rows_are_what_the_graph_says_whatever_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_rows_are_what_the_graph_says_whatever_the_batch(tmp_path: Path, lanes: int) -> None:
     async def body() -> None:
-        made = engine(tmp_path, token_budget=100)
+        made = engine(tmp_path, token_budget=100, lanes=lanes)
         sequences = [encoded(1 + i * 7 % 40, i, i % 3 or None) for i in range(50)]
         outputs = await asyncio.gather(*(made.run(sequences[i::5], call()) for i in range(5)))
         for i, output in enumerate(outputs):
             for sequence, row in zip(sequences[i::5], output.rows, strict=True):
                 np.testing.assert_allclose(row, hidden_of(sequence), atol=1e-5)
+        await made.close()
+
+    run(body())
+
+
+def test_a_long_run_holds_up_its_own_lane_alone(tmp_path: Path) -> None:
+    """While one lane is inside a run of a second or so, the other answers what comes."""
+
+    async def body() -> None:
+        made = engine(tmp_path, layers=25, lanes=2, token_budget=64 * 16, max_tokens=64)
+        long = await occupied(made, Recorder())
+        short = await made.run([encoded(2)], call())
+        assert isinstance(short.rows[0], np.ndarray)
+        assert not long.done()
+        await long
         await made.close()
 
     run(body())
