@@ -206,9 +206,6 @@ class Registry:
 
     def _open(self) -> Engine:
         from sqlalchemy import create_engine, event, make_url
-        from sqlalchemy.exc import OperationalError, ProgrammingError
-
-        from server.registry.schema import METADATA
 
         with self._lock:
             if self._engine is not None:
@@ -223,15 +220,25 @@ class Registry:
             engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": _BUSY_S} if lite else {})
             if lite:
                 event.listen(engine, "connect", _prepare_sqlite)
-            try:
-                METADATA.create_all(engine)
-            except (OperationalError, ProgrammingError):  # another process made them between the look and the deed
-                try:
-                    METADATA.create_all(engine)
-                except OperationalError as error:
-                    raise _unreachable(error) from None
+            _make_tables(engine)
             self._engine = engine
             return engine
+
+
+def _make_tables(engine: Engine) -> None:
+    """Makes the tables that are missing. Other processes may do the same: a table that appears meanwhile is theirs, and as good."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    from server.registry.schema import METADATA
+
+    # Each failure that says "exists" means that somebody made one more of them, so this ends.
+    for left in reversed(range(2 * len(METADATA.tables) + 1)):
+        try:
+            METADATA.create_all(engine)
+            return
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if not left or "exists" not in str(error.orig):
+                raise _unreachable(error) from None
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
