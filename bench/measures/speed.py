@@ -89,7 +89,7 @@ def text_sets() -> dict[str, list[str]]:
     return {"short": short_texts(3000), "tokens128": texts_of_length([128] * 512, tokenizer), "mixed": texts_of_length(mixed, tokenizer)}
 
 
-def throughput(rounds: int = 5, seconds: float = 6.0) -> Row:
+def throughput(rounds: int = 5, seconds: float = 4.0) -> Row:
     sets = text_sets()
     seen: dict[str, list[float]] = {}
     notes: dict[str, Any] = {}
