@@ -3,8 +3,8 @@
 `python -m bench.contestant raw FOLDER` is ONNX Runtime alone on the stock graph (optimum's export, fused, dynamic int8): texts
 sorted by length, batches of 32 padded to their longest. `python -m bench.contestant engine MODEL` is the engine alone, in arrival
 order. Both get tokens, not texts, and both give pooled, normalised vectors.
-Commands: {"do": "load", "set": name, "texts": [...], "batch": n}, {"do": "run", "set": name, "seconds": s}, {"do": "latency",
-"set": name, "calls": n}, {"do": "vectors", "texts": [...]}.
+Commands: {"do": "load", "set": name, "texts": [...], "batch": n}, {"do": "run", "set": name, "seconds": s}, and for raw
+{"do": "latency", "texts": [...]}.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "grpcio": grpc.__version__,
-        "kernels": describe(),
+        "kernels": {key: value for key, value in describe().items() if key != "path"},
         "commit": commit + ("+changes" if dirty else ""),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_average": os.getloadavg(),
@@ -310,10 +310,6 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
-def run_async(coroutine: Any) -> Any:
-    return asyncio.run(coroutine)
-
-
 def write_results(path: Path, rows: Sequence[Row], seen: dict[str, Any]) -> None:
     """Rows of bars that were not measured this time are kept from the file that is there, with their own commit beside them."""
     old: dict[str, Any] = {}
@@ -323,7 +319,3 @@ def write_results(path: Path, rows: Sequence[Row], seen: dict[str, Any]) -> None
         old[r.name] = {"name": r.name, "bar": r.bar, "measured": r.measured, "met": r.met, "parts": r.parts, "commit": seen["commit"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": seen, "rows": list(old.values())}, indent=2) + "\n")
-
-
-def clean_text(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
