@@ -28,6 +28,9 @@ class Task(StrEnum):
     TEXT_RANKING = "text-ranking"
     TOKEN_CLASSIFICATION = "token-classification"
     QUESTION_ANSWERING = "question-answering"
+    TEXT_GENERATION = "text-generation"
+    TRANSLATION = "translation"
+    SUMMARIZATION = "summarization"
     TENSOR = "tensor"  # a raw ONNX model: served through the Open Inference Protocol alone
 
 
@@ -79,10 +82,19 @@ class Timings:
 
 @dataclass(slots=True, frozen=True)
 class Usage:
-    """Tokens a request used. `output` stays 0 for encoders."""
+    """Tokens a request used. `output` stays 0 for encoders; `cached` of the input tokens were found in the prefix cache."""
 
     input: int = 0
     output: int = 0
+    cached: int = 0
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended, by OpenAI's names. STOP: a stop token, a stop string, or a grammar that is complete."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(slots=True, frozen=True)

@@ -63,8 +63,8 @@ class GraphForm:
     @classmethod
     def of(cls, manifest: Manifest) -> GraphForm:
         """Raises ValueError for form "tensor", which has no sequences."""
-        if manifest.form == "tensor":
-            raise ValueError("a raw tensor model has no encoder engine")
+        if manifest.form not in ("packed", "padded"):
+            raise ValueError(f"a model of form {manifest.form!r} has no encoder engine")
         per_sequence = (Task.TEXT_CLASSIFICATION, Task.TEXT_RANKING, Task.ZERO_SHOT_CLASSIFICATION)
         return cls(
             name=manifest.name,

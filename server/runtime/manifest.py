@@ -46,6 +46,71 @@ class Quantization(_Part):
     layers: dict[str, str] = {}
 
 
+class LoraTarget(_Part):
+    """A linear layer that adapters may change, by the base's own module path, e.g. "model.layers.0.self_attn.q_proj".
+
+    `a` and `b`: where its rows of A [rank, inputs] and of B transposed [rank, outputs] begin in a row of the adapter bank (floats);
+    `index`: its column in the bank's table of ranks.
+    """
+
+    name: str
+    inputs: int = Field(ge=1)
+    outputs: int = Field(ge=1)
+    a: int = Field(ge=0)
+    b: int = Field(ge=0)
+    index: int = Field(ge=0)
+
+
+class LoraLayout(_Part):
+    """How a bank of adapters is laid out: float32 or bfloat16 bits [slots, rank, width], ranks int32[slots, len(targets)]."""
+
+    dtype: Literal["float32", "bfloat16"]
+    width: int = Field(ge=1)
+    targets: list[LoraTarget]
+
+
+class Decoder(_Part):
+    """What the decoder engine needs of a graph of form "decoder"; inputs and outputs are stated in server/runtime/decoder/contract.py.
+
+    `graphs` maps each form of the weights, "float32", "int8" (W8A8, wide steps) or "int4" (narrow steps), to its file; every form has the
+    same inputs and outputs and works on the same pages. `window`: positions a token sees, itself included, 0 for all (the least over
+    layers; pages behind it are still kept where other layers need them). `kv_error`: KL divergence that each dtype of K and V costs.
+    """
+
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocabulary: int = Field(ge=1)
+    page: int = Field(default=16, ge=1)  # positions a page holds
+    page_bytes: int = Field(ge=1)  # of one page of one layer
+    kv_dtype: Literal["float32", "bfloat16", "int8"]
+    kv_error: dict[str, float] = {}
+    window: int = Field(default=0, ge=0)
+    graphs: dict[Literal["float32", "int8", "int4"], FileName]
+    bos_token_id: int | None = None
+    stop_token_ids: list[int] = []
+    lora: LoraLayout | None = None
+
+
+class Seq2Seq(_Part):
+    """An encoder-decoder exported with optimum: which file is which, and what generation needs by default (generation_config.json)."""
+
+    encoder: FileName
+    decoder: FileName  # merged: with and without past, chosen by the input use_cache_branch
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocabulary: int = Field(ge=1)
+    decoder_start_token_id: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+    max_output_tokens: int = Field(ge=1)
+    generation: dict[str, Any] = {}  # num_beams, length_penalty, no_repeat_ngram_size, forced_bos_token_id, bad_words_ids, ...
+    languages: dict[str, int] = {}  # language code -> its token, for models that are told the target language by a token
+    prefixes: dict[str, str] = {}  # task text before the input, e.g. T5's "translate English to French: "
+
+
 class Manifest(_Part):
     """The whole file. Unknown keys are refused: a manifest from a newer release is not half-understood.
 
@@ -53,6 +118,8 @@ class Manifest(_Part):
     - "packed": our graphs. Inputs input_ids, position_ids (and token_type_ids if `token_types`) int64[T], cu_seqlens int32[S+1].
       position_ids count from 0 in each sequence, whatever the architecture.
     - "padded": input_ids, attention_mask (and token_type_ids, position_ids if the graph names them) int64[B, L].
+    - "decoder": our decoder graphs over paged K and V; see `decoder`.
+    - "seq2seq": an encoder and a decoder graph; see `seq2seq`.
     - "tensor": any ONNX graph, served raw.
     Packed and padded graphs have one output, by task: "hidden" float32[T, H] (packed) or [B, L, H] (padded) for feature-extraction;
     "logits" float32[S, labels] for text-classification, text-ranking and NLI; float32[T, labels] / [B, L, labels] for token-classification;
@@ -63,7 +130,7 @@ class Manifest(_Part):
     name: Name
     version: Version
     task: Task
-    form: Literal["packed", "padded", "tensor"]
+    form: Literal["packed", "padded", "decoder", "seq2seq", "tensor"]
     architecture: str = ""
     dtype: Literal["float32", "float16", "int8", "int4", "other"] = "float32"
     quantization: Quantization | None = None
@@ -77,6 +144,9 @@ class Manifest(_Part):
     multi_label: bool = False
     query_prefix: str = ""
     passage_prefix: str = ""
+    decoder: Decoder | None = None
+    seq2seq: Seq2Seq | None = None
+    lora: LoraLayout | None = None  # of encoders that take adapters
     license: str = ""
     source: Source | None = None
     created: str = ""  # RFC 3339
