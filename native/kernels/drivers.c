@@ -1,12 +1,10 @@
 /* Checks the arguments of each operator and splits its work into tasks. What a task computes never depends on how the work was split. */
-#include "ops.h"
+#include "drivers.h"
 
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-enum { MOST_TASKS = 128 };
 
 const char *us_message(const char *format, ...) {
     static _Thread_local char text[256];
@@ -17,47 +15,7 @@ const char *us_message(const char *format, ...) {
     return text;
 }
 
-static void run(us_runner *runner, void (*task)(void *, size_t), size_t count, void *data) {
-    if (runner->failure) return;
-    if (count == 1)
-        task(data, 0);
-    else if (count)
-        runner->failure = runner->run(runner->pool, task, count, data);
-}
-
-/* Rows are dealt out in equal runs of at least `least` elements: below that, waking a thread costs more than it saves. */
-typedef struct { int64_t rows, step; } deal;
-
-static deal deal_rows(int64_t rows, int64_t cols, int64_t least) {
-    int64_t step = least / (cols > 0 ? cols : 1) + 1;
-    if (rows / step >= MOST_TASKS) step = (rows + MOST_TASKS - 1) / MOST_TASKS;
-    return (deal){rows, step};
-}
-
-static size_t tasks(deal d) { return (size_t)((d.rows + d.step - 1) / d.step); }
-static int64_t first_row(deal d, size_t index) { return (int64_t)index * d.step; }
-static int64_t last_row(deal d, size_t index) {
-    const int64_t end = ((int64_t)index + 1) * d.step;
-    return end < d.rows ? end : d.rows;
-}
-
-static const char *check_quant(const us_quant *q) {
-    if (!q->mult) return NULL;
-    if (q->per_row && q->zero_point != 128) return us_message("zero_point is %d; per_row = 1 needs 128", q->zero_point);
-    if (q->zero_point < 0 || q->zero_point > 255) return us_message("zero_point is %d, not within 0..255", q->zero_point);
-    return NULL;
-}
-
 typedef struct { const us_kernels *kernels; const void *args; deal deal; atomic_int out_of_memory; } row_job;
-
-/* A task's own scratch: taken inside the task, so that it comes warm from the thread's own heap instead of fresh from the system. */
-typedef struct { void *block; float *floats; } scratch;
-
-static scratch take_scratch(int64_t floats) {
-    scratch s = {.block = malloc((size_t)floats * sizeof(float) + 64)};
-    s.floats = s.block ? (float *)(((uintptr_t)s.block + 63) & ~(uintptr_t)63) : NULL;
-    return s;
-}
 
 static void norm_task(void *data, size_t index) {
     const row_job *job = data;

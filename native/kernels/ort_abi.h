@@ -28,7 +28,7 @@ typedef struct {
 } OrtApiBase;
 
 typedef enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 } OrtErrorCode;
-typedef enum { ORT_UNDEFINED = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7 } OrtElementType;
+typedef enum { ORT_UNDEFINED = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_UINT16 = 4, ORT_INT32 = 6, ORT_INT64 = 7 } OrtElementType;
 typedef enum { ORT_IO_REQUIRED = 0, ORT_IO_OPTIONAL = 1 } OrtIoCharacteristic;
 
 /* slot number, return type, arguments */
@@ -38,6 +38,7 @@ typedef enum { ORT_IO_REQUIRED = 0, ORT_IO_OPTIONAL = 1 } OrtIoCharacteristic;
     X(CustomOpDomain_Add, 27, OrtStatus *, (OrtCustomOpDomain *, const void *))                                \
     X(AddCustomOpDomain, 28, OrtStatus *, (OrtSessionOptions *, OrtCustomOpDomain *))                          \
     X(GetTensorMutableData, 51, OrtStatus *, (OrtValue *, void **))                                            \
+    X(GetTensorElementType, 60, OrtStatus *, (const OrtTensorTypeAndShapeInfo *, OrtElementType *))            \
     X(GetDimensionsCount, 61, OrtStatus *, (const OrtTensorTypeAndShapeInfo *, size_t *))                      \
     X(GetDimensions, 62, OrtStatus *, (const OrtTensorTypeAndShapeInfo *, int64_t *, size_t))                  \
     X(GetTensorTypeAndShape, 65, OrtStatus *, (const OrtValue *, OrtTensorTypeAndShapeInfo **))                \
