@@ -29,7 +29,7 @@ def timings(value: Timings) -> common_pb2.StageTimings:
 
 def usage(value: Usage) -> common_pb2.Usage:
     """Tokens."""
-    return common_pb2.Usage(input_tokens=value.input, output_tokens=value.output)
+    return common_pb2.Usage(input_tokens=value.input, output_tokens=value.output, cached_input_tokens=value.cached)
 
 
 def tail(results: Results[Any]) -> dict[str, Any]:
