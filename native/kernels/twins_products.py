@@ -1,7 +1,7 @@
 """NumPy twins of the decoders' products and of the adapters inside them, and the packer of 4-bit weights.
 
-T tokens, K inputs, N outputs. Twins compute in float64; what the compiled operator rounds on purpose (activations to s8 a block in Int4Gemm)
-the twin rounds likewise.
+T tokens, K inputs, N outputs. Twins compute in float64; what the compiled operator rounds on purpose (Int4Gemm: activations to s8 a
+block) the twin rounds likewise.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Lora:
 
 def lora_delta(x: NDArray[np.float64], lora: Lora, cols: int, row_scale: Floats | None = None) -> NDArray[np.float64]:
     """What the adapters add to y [T, cols] for true inputs x [T, K]; with row_scale [T] divided by it, as y is raw there."""
-    bank = from_bfloat16(lora.bank) if lora.bank.dtype == np.uint16 else lora.bank
+    bank = from_bfloat16(lora.bank.view(np.uint16)) if lora.bank.dtype == np.uint16 else lora.bank
     delta = np.zeros((len(x), cols))
     for token, slot in enumerate(lora.adapter_ids):
         if slot < 0:
