@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,24 @@ def write_results(path: Path, rows: Sequence[Row], seen: dict[str, Any]) -> None
         old[r.name] = {"name": r.name, "bar": r.bar, "measured": r.measured, "met": r.met, "parts": r.parts, "commit": seen["commit"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": seen, "rows": list(old.values())}, indent=2) + "\n")
+
+
+def run_measures(name: str, measures: Mapping[str, tuple[str, Callable[[], Row]]], about: str | None) -> None:
+    """The command line of a bench: `measures` maps a bar's name to its text and what measures it; rows go to results/<name>.json."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--only", action="append", choices=list(measures), help="measure this bar alone; may be repeated")
+    chosen = parser.parse_args().only or list(measures)
+    seen = conditions()
+    print(f"on {seen['cpu']}, {seen['cores']} cores, kernels {seen['kernels'].get('isa')}, commit {seen['commit']}", flush=True)
+    rows: list[Row] = []
+    for one in chosen:
+        begun = time.perf_counter()
+        try:
+            row = measures[one][1]()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            row = Row(one, measures[one][0], f"could not be measured: {error}", False)
+        rows.append(row)
+        print(f"{row.line()}   [{time.perf_counter() - begun:.0f} s]", flush=True)
+        write_results(ROOT / "bench" / "results" / f"{name}.json", rows, seen)
+    print(f"{sum(r.met for r in rows)} of {len(rows)} bars met; bench/results/{name}.json has the figures")

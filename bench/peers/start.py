@@ -48,7 +48,7 @@ def environment(name: str, packages: Sequence[str], python: str = sys.executable
 
 
 @contextlib.contextmanager
-def _process(command: list[str], ready: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: list[str], ready: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     with log.open("wb") as out:
         popen = subprocess.Popen(
@@ -70,7 +70,7 @@ def _process(command: list[str], ready: Any, log: Path) -> Iterator[subprocess.P
             os.killpg(popen.pid, 9)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:
             return bool(reply.status == 200)
@@ -84,8 +84,8 @@ def litserve() -> Iterator[Any]:
     python = environment("litserve", ["litserve==0.2.19", *PINS])
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _process(
-        [str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: _answers(f"{url}/health"), BUILD / "litserve.log"
+    with process(
+        [str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: answers(f"{url}/health"), BUILD / "litserve.log"
     ):
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
@@ -101,7 +101,7 @@ def pytriton() -> Iterator[Any]:
     python = environment("pytriton", ["nvidia-pytriton==0.7.0", *PINS], system)
     grpc_port, http_port, metrics_port = free_port(), free_port(), free_port()
     command = [str(python), "pytriton_app.py", str(stock_model()), str(grpc_port), str(http_port), str(metrics_port)]
-    with _process(command, lambda: _answers(f"http://127.0.0.1:{http_port}/v2/models/minilm/ready"), BUILD / "pytriton.log"):
+    with process(command, lambda: answers(f"http://127.0.0.1:{http_port}/v2/models/minilm/ready"), BUILD / "pytriton.log"):
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
             requests = [triton_request(t) for t in texts]
