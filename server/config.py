@@ -125,6 +125,25 @@ class RuntimeConfig(_Section):
     execution_providers: list[str] = ["CPUExecutionProvider"]
 
 
+class GenerationConfig(_Section):
+    """The engines of decoder models; sizes are of each model. `kv_cache_bytes` 0: 1 GiB, or a quarter of the free memory where that is less.
+
+    `adapter_slots` adapters of up to `adapter_rank` fit into a model's bank at a time; 0 turns adapters off.
+    """
+
+    max_sequences: int = Field(default=32, ge=1, le=1024)  # answers that run at once
+    token_budget: int = Field(default=512, ge=1, le=65536)  # tokens a step: one an answer, and pieces of prompts
+    kv_cache_bytes: int = Field(default=0, ge=0)
+    max_waiting: int = Field(default=256, ge=1)
+    max_waiting_tokens: int = Field(default=1_048_576, ge=1)
+    prefix_cache: bool = True
+    prompt_share: float = Field(default=1.2, gt=0)  # how much a prompt may lengthen the steps of running answers
+    ageing_s: float = Field(default=10.0, gt=0)  # a low priority that waited so long counts as one level higher
+    message_rate: float = Field(default=300.0, gt=0)  # messages a second over all streams, before tokens travel together
+    adapter_slots: int = Field(default=8, ge=0, le=1024)
+    adapter_rank: int = Field(default=16, ge=1, le=512)
+
+
 # Skills, providers, the lake and the registry.
 
 
@@ -224,6 +243,7 @@ class Config(_Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     models: ModelsConfig = ModelsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    generation: GenerationConfig = GenerationConfig()
     skills: dict[_Name, SkillConfig] = {}
     providers: dict[_Name, ProviderConfig] = {}
     lake: LakeConfig = LakeConfig()
