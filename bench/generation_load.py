@@ -33,6 +33,7 @@ class Ours:
 
     def __init__(self, plan: dict[str, Any]) -> None:
         import grpc.aio
+
         from understudy.v1 import inference_service_pb2 as service
         from understudy.v1 import inference_service_pb2_grpc as stubs
 
@@ -55,7 +56,7 @@ class Ours:
             self.messages.GenerateRequest(),
         )
         async for reply in self.stub.Generate(message):
-            ids = [i for c in reply.candidates for i in c.token_ids]
+            ids = [token.id for delta in reply.deltas for token in delta.tokens]
             if ids:
                 yield ids
 
@@ -130,8 +131,9 @@ async def run(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    print(json.dumps({"reply": "ready"}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(asyncio.run(run(json.loads(line)))), flush=True)
+        print(json.dumps({"reply": asyncio.run(run(json.loads(line)))}), flush=True)
 
 
 if __name__ == "__main__":

@@ -308,6 +308,38 @@ def embed_requests(texts: Sequence[str], per_call: int = 1) -> list[dict[str, An
     return [{"model": {"name": STARTER}, "texts": list(texts[i : i + per_call])} for i in range(0, len(texts) - per_call + 1, per_call)]
 
 
+class Asked:
+    """A process that prints a line of JSON when it is ready, then answers each line of JSON with one, {"reply": ...}."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        env = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}"}
+        self.popen = subprocess.Popen(list(command), cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.popen.stdout
+        while True:
+            line = self.popen.stdout.readline()
+            if not line:
+                raise SystemExit("a contestant stopped; its message is above")
+            with contextlib.suppress(json.JSONDecodeError):
+                return dict(json.loads(line))
+
+    def ask(self, **command: Any) -> Any:
+        assert self.popen.stdin
+        self.popen.stdin.write(json.dumps(command) + "\n")
+        self.popen.stdin.flush()
+        return self._read()["reply"]
+
+    def memory_mb(self) -> float:
+        return float(psutil.Process(self.popen.pid).memory_info().rss / 1e6)
+
+    def close(self) -> None:
+        assert self.popen.stdin
+        self.popen.stdin.close()
+        self.popen.wait(30)
+
+
 def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +13,8 @@ import numpy as np
 from bench.harness import (
     EMBED,
     PROTO,
-    ROOT,
     STARTER,
+    Asked,
     Row,
     Server,
     embed_requests,
@@ -39,39 +37,13 @@ THROUGHPUT = (
 LATENCY = "one call at a time: p50 <= raw at batch 1 + 0.7 ms"
 
 
-class Contestant:
-    """A process of bench.contestant."""
-
-    def __init__(self, *arguments: str) -> None:
-        env = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}"}
-        command = [sys.executable, "-m", "bench.contestant", *arguments]
-        self.popen = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.popen.stdout
-        while True:
-            line = self.popen.stdout.readline()
-            if not line:
-                raise SystemExit("a contestant stopped; its message is above")
-            with contextlib.suppress(json.JSONDecodeError):
-                return dict(json.loads(line))
-
-    def ask(self, **command: Any) -> Any:
-        assert self.popen.stdin
-        self.popen.stdin.write(json.dumps(command) + "\n")
-        self.popen.stdin.flush()
-        return self._read()["reply"]
-
-    def close(self) -> None:
-        assert self.popen.stdin
-        self.popen.stdin.close()
-        self.popen.wait(30)
+def contestant(*arguments: str) -> Asked:
+    return Asked([sys.executable, "-m", "bench.contestant", *arguments])
 
 
 @contextlib.contextmanager
-def contestants() -> Iterator[tuple[Contestant, Contestant]]:
-    raw, engine = Contestant("raw", str(stock_model())), Contestant("engine", STARTER)
+def contestants() -> Iterator[tuple[Asked, Asked]]:
+    raw, engine = contestant("raw", str(stock_model())), contestant("engine", STARTER)
     try:
         yield raw, engine
     finally:

@@ -37,7 +37,20 @@ def tools() -> Path:
     python = environment("llama-build", ["cmake", "ninja", "scikit-build-core", "flit-core"])
     with tempfile.TemporaryDirectory(dir=BUILD) as place:
         source = f"llama-cpp-python=={VERSION}"
-        command = [str(python), "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", source, "-d", place]
+        command = [
+            str(python),
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            source,
+            "-d",
+            place,
+        ]
         subprocess.run(command, check=True)
         with tarfile.open(next(Path(place).glob("*.tar.gz"))) as archive:
             archive.extractall(place, filter="data")

@@ -84,9 +84,7 @@ def litserve() -> Iterator[Any]:
     python = environment("litserve", ["litserve==0.2.19", *PINS])
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with process(
-        [str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: answers(f"{url}/health"), BUILD / "litserve.log"
-    ):
+    with process([str(python), "litserve_app.py", str(stock_model()), str(port)], lambda: answers(f"{url}/health"), BUILD / "litserve.log"):
 
         def load(texts: Sequence[str], concurrency: int, seconds: float) -> Load:
             return http_load(port, "/predict", [{"text": t} for t in texts], concurrency=concurrency, seconds=seconds)
