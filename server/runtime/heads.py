@@ -8,44 +8,34 @@ safetensors are there for further training, and to check it.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import stat
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.core import FloatArray
-from server.errors import AlreadyExists, InvalidArgument, ManifestInvalid, ModelRejected
-from server.runtime.manifest import FileEntry, FileName, Name, Sha256, Version
+from server.errors import InvalidArgument, ModelRejected
+from server.runtime.adapter_folder import MANIFEST as MANIFEST
+from server.runtime.adapter_folder import WEIGHTS as WEIGHTS
+from server.runtime.adapter_folder import Base as Base
+from server.runtime.adapter_folder import read_manifest, verify_files, write_folder
+from server.runtime.manifest import FileEntry, FileName, Name, Version
 from server.runtime.onnx_scan import scan_onnx
 from server.runtime.ort import import_ort
 from server.runtime.tasks.classification import sigmoid, softmax
-from server.runtime.verify import entry_of, sha256_of
+from server.runtime.verify import entry_of
 
-MANIFEST = "manifest.json"
-WEIGHTS = "adapter.safetensors"
 GRAPH = "head.onnx"
 INPUT, OUTPUT = "embedding", "probabilities"
 MAX_LABELS = 10_000
 _OPERATORS = {("", "Gemm"), ("", "Div"), ("", "Softmax"), ("", "Sigmoid")}
-_MAX_MANIFEST = 1 << 20
 _PROBE_ROWS = 8
 _PROBE_TOLERANCE = 1e-5
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Base(_Part):
-    """The model version that a head was trained on; `sha256` is its model.onnx's."""
-
-    name: Name
-    version: Version
-    sha256: Sha256
 
 
 class Features(_Part):
@@ -118,7 +108,7 @@ class LinearHead:
                 expected=manifest.base.sha256,
                 got=base_sha256,
             )
-        _verify_files(folder, manifest)
+        verify_files(folder, manifest.files, "head")
         weight, bias = _read_weights(folder / WEIGHTS, manifest)
         head = cls(manifest, _open_session(folder / GRAPH))
         probe = np.random.default_rng(0).standard_normal((_PROBE_ROWS, manifest.features.size)).astype(np.float32)
@@ -163,68 +153,21 @@ def write_linear_head(folder: Path, spec: HeadSpec, weight: FloatArray, bias: Fl
     problem = _weights_problem(spec, {"weight": weight, "bias": bias})
     if problem:
         raise InvalidArgument(f"{problem} Expected float32 weights of the labels and the features' size.")
-    if folder.exists():
-        raise AlreadyExists(f"{folder} is there already; versions are written once. Choose the next version.", version=spec.version)
     from safetensors.numpy import save_file
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    def fill(part: Path) -> None:
         save_file({"weight": np.ascontiguousarray(weight), "bias": np.ascontiguousarray(bias)}, part / WEIGHTS)
         (part / GRAPH).write_bytes(_graph(spec, weight, bias))
         manifest = AdapterManifest(**dict(spec), files={name: entry_of(part / name) for name in (WEIGHTS, GRAPH)})
         (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*part.iterdir(), part):
-            _sync(path)
-        try:
-            part.rename(folder)
-        except OSError as error:
-            raise AlreadyExists(f"{folder} appeared while the head was written: {error.strerror}. Choose the next version.") from None
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return manifest
+
+    write_folder(folder, fill)
+    return read_adapter_manifest(folder)
 
 
 def read_adapter_manifest(folder: Path) -> AdapterManifest:
     """The manifest in `folder`, without a look at the files. Raises ManifestInvalid."""
-    path = folder / MANIFEST
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ManifestInvalid(f"{path} is no regular file. Replace it by the file itself.", file=MANIFEST)
-        with path.open("rb") as handle:
-            raw = handle.read(_MAX_MANIFEST + 1)
-    except OSError as error:
-        need = f"A head has {MANIFEST}, {WEIGHTS} and {GRAPH}."
-        raise ManifestInvalid(f"{path} cannot be read: {error.strerror}. {need}", file=MANIFEST) from None
-    if len(raw) > _MAX_MANIFEST:
-        raise ManifestInvalid(f"{path} has over {_MAX_MANIFEST} bytes; expected a head's manifest.", file=MANIFEST, limit=_MAX_MANIFEST)
-    try:
-        return AdapterManifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part)[:80] for part in first["loc"])[:200]
-        raise ManifestInvalid(f"{path}: {key or 'the file'}: {str(first['msg'])[:300]}. Write the head again.", key=key) from None
-    except (RecursionError, ValueError) as error:
-        raise ManifestInvalid(f"{path} is no manifest: {str(error)[:200]}. Write the head again.", file=MANIFEST) from None
-
-
-def _verify_files(folder: Path, manifest: AdapterManifest) -> None:
-    found = {path.name for path in folder.iterdir()}
-    foreign = sorted(found - {WEIGHTS, GRAPH, MANIFEST})
-    if foreign:
-        raise ModelRejected(f"{folder} holds {foreign[0]!r}; expected {MANIFEST}, {WEIGHTS} and {GRAPH} alone. Remove it.", file=foreign[0])
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if name not in found or not stat.S_ISREG(path.lstat().st_mode):
-            raise ModelRejected(f"{path} is no regular file. Write the head again, or copy its files.", file=name)
-        size = path.stat().st_size
-        if size != entry.size:
-            raise ModelRejected(f"{path} has {size} bytes; the manifest says {entry.size}. Copy or write the head again.", file=name)
-        digest = sha256_of(path)
-        if digest != entry.sha256:
-            raise ModelRejected(f"{path} has SHA-256 {digest}; the manifest says {entry.sha256}. Copy or write the head again.", file=name)
+    return read_manifest(folder, AdapterManifest, "head")
 
 
 def _read_weights(path: Path, manifest: AdapterManifest) -> tuple[FloatArray, FloatArray]:
@@ -299,11 +242,3 @@ def _graph(spec: HeadSpec, weight: FloatArray, bias: FloatArray) -> bytes:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="understudy")
     return bytes(model.SerializeToString())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

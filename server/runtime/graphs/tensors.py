@@ -46,6 +46,10 @@ class Tensors:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
     def take(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         """The tensor as float32 of exactly `shape`.
 
@@ -74,6 +78,11 @@ def _decode(raw: Any, dtype: str) -> FloatArray:
     kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     with np.errstate(over="ignore"):
         return np.frombuffer(raw, dtype=kind).astype(np.float32)
+
+
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file; raises ModelRejected where its header lies about it."""
+    return Tensors(_read_header(path))
 
 
 def open_tensors(folder: Path) -> Tensors:
