@@ -19,6 +19,8 @@ CFLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 KERNELS = Path("native/kernels")
 PER_ISA = [str(KERNELS / name) for name in ("attention.c", "gemm.c", "rows.c")]
 ONCE = [str(KERNELS / name) for name in ("drivers.c", "operators.c", "library.c")]
+PER_ISA += [str(KERNELS / "beam.c")]
+ONCE += [str(KERNELS / "beam_operators.c")]
 # Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {
     "x86_64": {
@@ -97,7 +99,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h"))],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "beam.h"))],
 )
 
 setup(

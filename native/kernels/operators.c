@@ -308,6 +308,9 @@ static const us_op ops[] = {
     {US_OP_BASE, "Int8Gemm", "usffu", "f", 0, compute_gemm, pack_weights, NULL},
 };
 
+extern const us_op us_beam_ops[];
+extern const size_t us_beam_op_count;
+
 /* ONNX Runtime refers to the domain for as long as any session lives, so there is one for the process. */
 static pthread_mutex_t domain_lock = PTHREAD_MUTEX_INITIALIZER;
 static OrtCustomOpDomain *domain;
@@ -315,7 +318,7 @@ static OrtCustomOpDomain *domain;
 static OrtStatus *make_domain(const OrtApi *api) {
     OrtCustomOpDomain *made = NULL;
     OrtStatus *status = US_ORT(api, CreateCustomOpDomain)("understudy", &made);
-    const us_op_list lists[] = {{ops, sizeof ops / sizeof *ops}};
+    const us_op_list lists[] = {{ops, sizeof ops / sizeof *ops}, {us_beam_ops, us_beam_op_count}};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         for (size_t j = 0; !status && j < lists[i].count; j++) status = US_ORT(api, CustomOpDomain_Add)(made, &lists[i].ops[j]);
     if (!status) domain = made;
