@@ -92,6 +92,24 @@ class TextTokenizer:
         """The vocabulary's entry, as it stands there ("##ing")."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    @property
+    def inner(self) -> Any:
+        """The `tokenizers.Tokenizer`; nobody changes it."""
+        return self._tokenizer
+
+    def special_tokens(self) -> list[str]:
+        """Texts of the tokens that are marked as special."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special and token.content]
+
+    def ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of one text; with `special`, those that the tokenizer puts around a sequence too. Raises InvalidArgument."""
+        try:
+            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the Rust code derives from BaseException
+            raise InvalidArgument(f"The model's tokenizer cannot encode the text: {str(error)[:200]}.") from None
+
     def encode(self, inputs: Sequence[TextInput], *, offsets: bool = False) -> list[Any]:
         """Whole encodings, special tokens included, nothing cut; an UnderstudyError in place of each input that cannot be encoded.
 

@@ -1,0 +1,122 @@
+"""What a caller asks of a text-generation model. Fields and the `field` of errors are named as in understudy.v1.GenerateRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from server.core import FinishReason, Usage
+from server.runtime.decoder.contract import Sampling, Token
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. `role`: system, developer, user, assistant or tool."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask to be called; `parameters` is a JSON Schema."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the answer must look like. `source`: the schema as JSON text, the expression, the grammar; `choices` for kind "choice"."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    source: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One of `prompt`, `messages` and `token_ids`, and how to go on with it; see the proto for the meaning of each."""
+
+    prompt: str | None = None
+    messages: Sequence[Message] | None = None
+    token_ids: Sequence[int] | None = None
+    tools: Sequence[Tool] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 0
+    n: int = 1
+    best_of: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    format: Format | None = None
+    adapter: str = ""
+    return_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """Means over an answer's tokens, of the raw logits; entropy in nats, margin as in contract.Token."""
+
+    logprob: float
+    entropy: float
+    margin: float
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one answer has got since the delta before; the last one has `finish` and `confidence`."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    finish: FinishReason | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    confidence: Confidence | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    tokens: list[Token]
+    finish: FinishReason
+    tool_calls: list[ToolCall]
+    confidence: Confidence
+
+
+@dataclass(slots=True)
+class GenerationTimings:
+    """Seconds; `inter_token` is the mean between two tokens of an answer, `total` and `first_token` count from the request's arrival."""
+
+    tokenize: float = 0.0
+    queue: float = 0.0
+    first_token: float = 0.0
+    inter_token: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Summary:
+    """What is known of a request once all its answers have ended. `adapter`: name@version, "" without one."""
+
+    model: str
+    version: str
+    adapter: str
+    usage: Usage
+    timings: GenerationTimings
