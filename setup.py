@@ -21,6 +21,10 @@ PER_ISA = [str(KERNELS / name) for name in ("attention.c", "gemm.c", "rows.c")]
 ONCE = [str(KERNELS / name) for name in ("drivers.c", "operators.c", "library.c")]
 PER_ISA += [str(KERNELS / "beam.c")]
 ONCE += [str(KERNELS / "beam_operators.c")]
+PER_ISA += [str(KERNELS / "sampling_rows.c")]
+ONCE += [str(KERNELS / "sampling.c")]
+PER_ISA += [str(KERNELS / name) for name in ("gemm_float.c", "gemm_int4.c", "lora.c")]
+ONCE += [str(KERNELS / name) for name in ("drivers_products.c", "operators_products.c")]
 # Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {
     "x86_64": {
@@ -99,7 +103,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "beam.h"))],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "products.h", "beam.h", "sampling.h"))],
 )
 
 setup(
