@@ -25,6 +25,8 @@ PER_ISA += [str(KERNELS / "sampling_rows.c")]
 ONCE += [str(KERNELS / "sampling.c")]
 PER_ISA += [str(KERNELS / name) for name in ("gemm_float.c", "gemm_int4.c", "lora.c")]
 ONCE += [str(KERNELS / name) for name in ("drivers_products.c", "operators_products.c")]
+PER_ISA += [str(KERNELS / name) for name in ("decoder_rows.c", "paged.c")]
+ONCE += [str(KERNELS / name) for name in ("drivers_decoder.c", "operators_decoder.c")]
 # Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {
     "x86_64": {
@@ -103,7 +105,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "products.h", "beam.h", "sampling.h"))],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "products.h", "beam.h", "sampling.h"))],
 )
 
 setup(

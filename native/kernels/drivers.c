@@ -73,50 +73,6 @@ const char *us_embed(const us_kernels *kernels, const us_embed_args *a, us_runne
     return NULL;
 }
 
-void us_free_weights(us_weights *w) {
-    if (!w) return;
-    free(w->data);
-    free(w->column_sums);
-    free(w->offsets);
-    free(w->ends);
-    free(w);
-}
-
-enum { GEMM_ROWS = 64, GEMM_TASK = 4 << 20 /* products, about 40 us */ };
-
-typedef struct {
-    const us_kernels *kernels;
-    const us_gemm_args *args;
-    int64_t row_parts, panel_step;
-    atomic_int out_of_memory;
-} gemm_job;
-
-static void gemm_task(void *data, size_t index) {
-    gemm_job *job = data;
-    const us_gemm_args *a = job->args;
-    const us_weights *w = a->weights;
-    const int64_t begin = (int64_t)index % job->row_parts * GEMM_ROWS, end = begin + GEMM_ROWS < a->rows ? begin + GEMM_ROWS : a->rows;
-    const int64_t first = (int64_t)index / job->row_parts * job->panel_step, last = first + job->panel_step < w->panels ? first + job->panel_step : w->panels;
-    const int copies = w->depth % 8 != 0;
-    uint8_t *own = copies ? malloc((size_t)((end - begin) * (w->depth + 8))) : NULL;
-    if (copies && !own)
-        atomic_store(&job->out_of_memory, 1);
-    else
-        job->kernels->gemm_part(a, begin, end, first, last, own);
-    free(own);
-}
-
-const char *us_gemm(const us_kernels *kernels, const us_gemm_args *a, us_runner *runner) {
-    const us_weights *w = a->weights;
-    if (w->depth >= 1 << 15) return us_message("b has %lld rows; sums of more than 32767 products may overflow", (long long)w->depth);
-    if (!a->rows || !w->cols) return NULL;
-    gemm_job job = {.kernels = kernels, .args = a, .row_parts = (a->rows + GEMM_ROWS - 1) / GEMM_ROWS};
-    const int64_t rows = a->rows < GEMM_ROWS ? a->rows : GEMM_ROWS;
-    job.panel_step = GEMM_TASK / (rows * (w->depth + 1) * 16) + 1;
-    run(runner, gemm_task, (size_t)(job.row_parts * ((w->panels + job.panel_step - 1) / job.panel_step)), &job);
-    return job.out_of_memory ? us_message("out of memory for a copy of %lld columns", (long long)w->depth) : NULL;
-}
-
 /* A unit is one head and one block of queries of one sequence; a task is a run of units of about equal cost. */
 typedef struct { int64_t sequence, unit; } unit_at;
 

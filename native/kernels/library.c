@@ -1,6 +1,8 @@
 /* The shared library: which instruction set runs here, and the direct calls that need no ONNX Runtime (ctypes, sanitizers). */
 #define _GNU_SOURCE
 #include "ops.h"
+#include "products.h"
+#include "decoder.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -93,6 +95,11 @@ DIRECT(us_direct_norm, us_norm, us_norm_args)
 DIRECT(us_direct_gelu, us_gelu, us_gelu_args)
 DIRECT(us_direct_embed, us_embed, us_embed_args)
 
+DIRECT(us_direct_tokens, us_tokens, us_tokens_args)
+DIRECT(us_direct_skip, us_skip, us_skip_args)
+DIRECT(us_direct_gated, us_gated, us_gated_args)
+DIRECT(us_direct_paged, us_paged, us_paged_args)
+
 EXPORT const char *us_direct_gemm(const char *isa, const us_gemm_args *args) {
     const char *why_not = NULL;
     const us_kernels *kernels = isa ? find(isa) : us_choose(&why_not);
@@ -106,3 +113,20 @@ EXPORT const char *us_direct_gemm(const char *isa, const us_gemm_args *args) {
     us_free_weights(weights);
     return wrong;
 }
+
+EXPORT const char *us_direct_float_gemm(const char *isa, const us_float_gemm_args *args) {
+    const char *why_not = NULL;
+    const us_kernels *kernels = isa ? find(isa) : us_choose(&why_not);
+    us_runner runner = {.run = run_in_turn};
+    us_float_gemm_args full = *args;
+    if (!kernels) return why_not ? why_not : us_message("no build '%.40s' runs here", isa);
+    us_float_weights *weights = us_float_pack(args->b, args->depth, args->cols);
+    if (!weights) return "out of memory for the packed weights";
+    full.weights = weights;
+    const char *wrong = us_float_gemm(kernels, &full, &runner);
+    us_free_float_weights(weights);
+    return wrong;
+}
+
+DIRECT(us_direct_int4_gemm, us_int4_gemm, us_int4_gemm_args)
+DIRECT(us_direct_lora_add, us_lora_add, us_lora_add_args)

@@ -166,18 +166,6 @@ static const char *compute_embed(us_call *c, us_runner *runner) {
     return c->status ? NULL : us_embed(us_choose(NULL), &a, runner);
 }
 
-static const char *compute_gemm(us_call *c, us_runner *runner) {
-    const us_tensor *in = c->in;
-    const us_weights *w = c->self->weights;
-    if (!us_fits(c, 0, "a", 2, -1, w->depth) || !us_fits(c, 3, "b_scale", 1, w->cols, 0)) return NULL;
-    if (in[2].rank > 1 || in[4].rank > 1 || (in[2].rank && in[2].dims[0] != 1) || (in[4].rank && in[4].dims[0] != 1))
-        return "a_scale and a_zero_point must be scalars";
-    us_gemm_args a = {.a = in[0].data, .weights = w, .b_scale = in[3].data, .rows = in[0].dims[0], .depth = w->depth, .cols = w->cols,
-                      .a_scale = *(const float *)in[2].data, .a_zero = *(const uint8_t *)in[4].data};
-    a.y = us_output(c, 0, 2, a.rows, a.cols);
-    return c->status ? NULL : us_gemm(us_choose(NULL), &a, runner);
-}
-
 OrtStatus *us_op_compute(void *state, OrtKernelContext *context) {
     us_call c = {.self = state, .context = context};
     us_runner runner = {.run = run_in_session, .pool = &c};
@@ -214,30 +202,6 @@ float us_float_attribute(const OrtApi *api, const OrtKernelInfo *info, const cha
 
 static OrtStatus *prepare_attention(us_kernel *self, const OrtKernelInfo *info) {
     return self->heads < 1 ? us_refuse(self, "the attribute num_heads must be at least 1") : NULL;
-}
-
-/* The weights are packed once, here; that is why they must be constant. */
-static OrtStatus *pack_weights(us_kernel *self, const OrtKernelInfo *info) {
-    const OrtApi *api = self->api;
-    const OrtValue *value = NULL;
-    OrtTensorTypeAndShapeInfo *shape = NULL;
-    int constant = 0;
-    size_t rank = 0;
-    int64_t dims[2] = {0};
-    void *data = NULL;
-    OrtStatus *status = US_ORT(api, KernelInfoGetConstantInput_tensor)(info, 1, &constant, &value);
-    if (status) return status;
-    if (!constant || !value) return us_refuse(self, "b must be an initializer");
-    status = US_ORT(api, GetTensorTypeAndShape)(value, &shape);
-    if (status) return status;
-    status = US_ORT(api, GetDimensionsCount)(shape, &rank);
-    if (!status && rank == 2) status = US_ORT(api, GetDimensions)(shape, dims, 2);
-    US_ORT(api, ReleaseTensorTypeAndShapeInfo)(shape);
-    if (!status) status = US_ORT(api, GetTensorMutableData)((OrtValue *)value, &data);
-    if (status) return status;
-    if (rank != 2 || dims[0] < 1 || dims[1] < 1) return us_refuse(self, "b must be a matrix with at least one element");
-    self->weights = us_choose(NULL)->pack(data, dims[0], dims[1]);
-    return self->weights ? NULL : us_refuse(self, "out of memory for the packed weights");
 }
 
 void us_op_destroy(void *state) {
@@ -305,11 +269,16 @@ static const us_op ops[] = {
     {US_OP_BASE, "BiasGeluQ", "fFFf", "uF", 1, compute_gelu, NULL, NULL},
     {US_OP_BASE, "EmbedNorm", "llLffFfF", "f", 0, compute_embed, NULL, NULL},
     {US_OP_BASE, "EmbedNormQ", "llLffFfFf", "fuF", 1, compute_embed, NULL, NULL},
-    {US_OP_BASE, "Int8Gemm", "usffu", "f", 0, compute_gemm, pack_weights, NULL},
 };
+
+extern const us_op us_decoder_ops[];
+extern const size_t us_decoder_op_count;
 
 extern const us_op us_beam_ops[];
 extern const size_t us_beam_op_count;
+
+extern const us_op us_product_ops[];
+extern const size_t us_product_op_count;
 
 /* ONNX Runtime refers to the domain for as long as any session lives, so there is one for the process. */
 static pthread_mutex_t domain_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -318,7 +287,7 @@ static OrtCustomOpDomain *domain;
 static OrtStatus *make_domain(const OrtApi *api) {
     OrtCustomOpDomain *made = NULL;
     OrtStatus *status = US_ORT(api, CreateCustomOpDomain)("understudy", &made);
-    const us_op_list lists[] = {{ops, sizeof ops / sizeof *ops}, {us_beam_ops, us_beam_op_count}};
+    const us_op_list lists[] = {{ops, sizeof ops / sizeof *ops}, {us_product_ops, us_product_op_count}, {us_beam_ops, us_beam_op_count}, {us_decoder_ops, us_decoder_op_count}};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         for (size_t j = 0; !status && j < lists[i].count; j++) status = US_ORT(api, CustomOpDomain_Add)(made, &lists[i].ops[j]);
     if (!status) domain = made;

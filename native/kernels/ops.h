@@ -78,6 +78,9 @@ typedef struct {
     int64_t rows, depth, cols;
     float a_scale;
     int32_t a_zero;
+    const struct us_lora *lora; /* or NULL; with adapters: */
+    const float *mult;       /* [depth]: an input is (a - a_zero) / mult * row_scale */
+    const float *row_scale;  /* [rows] or NULL */
 } us_gemm_args;
 
 void us_free_weights(us_weights *);
@@ -97,6 +100,8 @@ typedef struct {
     /* rows [begin, end) by 16-column panels [first, last); scratch: (end - begin) * (depth + 8) bytes */
     void (*gemm_part)(const us_gemm_args *, int64_t begin, int64_t end, int64_t first, int64_t last, uint8_t *scratch);
     void (*quantize_rows)(const us_quant *, const float *w, int64_t cols, int64_t begin, int64_t end);
+    const struct us_products *products; /* see products.h */
+    const struct us_decoder_kernels *decoder; /* see decoder.h */
 } us_kernels;
 
 extern const us_kernels us_kernels_base, us_kernels_avx2, us_kernels_avx512vnni;

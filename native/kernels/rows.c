@@ -1,49 +1,5 @@
 /* Kernels that treat each token's row alone: norms, gelu, embedding, quantization. Compiled once per instruction set. */
-#include "ops.h"
-#include "simd.h"
-
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#define ISA_NAME(name) JOIN(name, US_ISA)
-
-#define TINY 1e-30f
-
-/* Body(c, n) for each vector of the row: n == VW, but for the last. */
-#define EACH_VECTOR(cols, body)                                   \
-    do {                                                          \
-        int64_t c = 0;                                            \
-        for (; c + VW <= (cols); c += VW) { enum { n = VW }; body } \
-        if (c < (cols)) { const int64_t n = (cols) - c; body }    \
-    } while (0)
-
-/* Auto-vectorised. Both sides of the range are clamped before rounding, which keeps the product from being fused into the rounding
- * addition, and sends NaN to 0. After it the integer stands in the low bits of the float. */
-INLINE void quantize_row(const float *restrict w, const float *restrict mult, uint8_t *restrict q, int64_t cols, float factor, int32_t zero_point) {
-    const float low = (float)-zero_point, high = (float)(255 - zero_point);
-    for (int64_t c = 0; c < cols; c++) {
-        float t = w[c] * mult[c];
-        if (factor != 1.0f) t *= factor;
-        t = t > low ? t : low;
-        t = t < high ? t : high;
-        t += ROUND_MAGIC;
-        int32_t bits;
-        memcpy(&bits, &t, sizeof bits);
-        q[c] = (uint8_t)(bits + zero_point);
-    }
-}
-
-static void quantize(const us_quant *o, const float *restrict w, int64_t row, int64_t cols) {
-    uint8_t *q = o->q + row * cols;
-    if (!o->per_row) {
-        quantize_row(w, o->mult, q, cols, 1.0f, o->zero_point);
-        return;
-    }
-    vf most = vset(TINY);
-    EACH_VECTOR(cols, { most = vmax(vabs(vload_n(w + c, n) * vload_n(o->mult + c, n)), most); });
-    const float peak = vmax_lanes(most);
-    o->scale[row] = peak / 127.0f;
-    quantize_row(w, o->mult, q, cols, 127.0f / peak, 128);
-}
+#include "rows.h"
 
 static void quantize_rows(const us_quant *o, const float *w, int64_t cols, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) quantize(o, w + row * cols, row, cols);
@@ -163,6 +119,9 @@ void ISA_NAME(us_attention_block)(const us_attention_args *, int64_t, int64_t, i
 us_weights *ISA_NAME(us_pack)(const int8_t *, int64_t, int64_t);
 void ISA_NAME(us_gemm_part)(const us_gemm_args *, int64_t, int64_t, int64_t, int64_t, uint8_t *);
 
+extern const struct us_products ISA_NAME(us_products);
+extern const struct us_decoder_kernels ISA_NAME(us_decoder);
+
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 const us_kernels ISA_NAME(us_kernels) = {
@@ -175,4 +134,6 @@ const us_kernels ISA_NAME(us_kernels) = {
     .gelu_rows = gelu_rows,
     .embed_rows = embed_rows,
     .quantize_rows = quantize_rows,
+    .products = &ISA_NAME(us_products),
+    .decoder = &ISA_NAME(us_decoder),
 };

@@ -56,7 +56,7 @@ class GemmArgs(Structure):
     _fields_ = [
         *[("a", BYTES), ("b", POINTER(c_int8)), ("weights", c_void_p), ("b_scale", FLOATS), ("y", FLOATS)],
         *[(name, c_int64) for name in ("rows", "depth", "cols")],
-        *[("a_scale", c_float), ("a_zero", c_int32)],
+        *[("a_scale", c_float), ("a_zero", c_int32), ("lora", c_void_p), ("mult", FLOATS), ("row_scale", FLOATS)],
     ]
 
 

@@ -25,7 +25,7 @@ def build(name: str, sources: list[Path], flags: list[str]) -> Path:
     """Compiles `sources` with the kernels into build/sanitize/<name>."""
     target = ROOT / "build" / "sanitize" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    kernels = [ROOT / "native" / "kernels" / part for part in ("attention.c", "gemm.c", "rows.c", "drivers.c", "library.c")]
+    kernels = [ROOT / "native" / "kernels" / part for part in ("attention.c", "gemm.c", "gemm_float.c", "gemm_int4.c", "lora.c", "rows.c", "drivers.c", "decoder_rows.c", "paged.c", "drivers_decoder.c", "drivers_products.c", "library.c")]
     command = [os.environ.get("CC", "cc"), *FLAGS, *flags, *map(str, [*sources, *kernels]), "-o", str(target), "-lm", "-lpthread"]
     subprocess.run(command, check=True)
     return target
