@@ -9,6 +9,7 @@ from server.errors import AlreadyExists, ModelRejected
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.hub import is_hub_id
 from server.runtime.lora.folder import AdapterManifest, spec_of, write_adapter
+from server.runtime.lora.layout import base_of
 from server.runtime.lora.peft import PeftAdapter, read_peft
 from server.runtime.manifest import Manifest
 from server.runtime.verify import check_name
@@ -31,13 +32,13 @@ def add_peft(folder: Path, base: Manifest, root: Path, name: str, *, license: st
     adapter = read_peft(folder, base)
     if not any_base:
         _check_name_of_base(adapter, base)
-    lineage = {
-        "format": "peft",
-        "method": adapter.kind,
-        "base_model": adapter.base_model,
-        "revision": str(adapter.config.get("revision") or ""),
+    fields = {
+        "name": name,
+        "base": base_of(base),
+        "lineage": {"format": "peft", "method": adapter.kind, "base_model": adapter.base_model},
+        "license": license,
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
     }
-    created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     parent = root / base.name / name
     for _ in range(_RETRIES):
         version = str(max(version_numbers(parent), default=0) + 1)
