@@ -32,8 +32,10 @@ def parameters(weights: Weights) -> dict[str, FloatArray]:
 def write_onnx_adapter(path: Path, weights: Weights, *, adapter_version: int, model_version: int) -> None:
     """Writes the file; both versions are whole numbers that ONNX Runtime hands back to whoever reads it."""
     ort = import_ort()
+    arrays = parameters(weights)  # ONNX Runtime takes no copy: they must outlive the export
+    values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(adapter_version)
     file.set_model_version(model_version)
-    file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in parameters(weights).items()})
+    file.set_parameters(values)
     file.export_adapter(str(path))

@@ -177,9 +177,7 @@ TENSOR_CHANGES: dict[str, dict[str, np.ndarray | None]] = {
     "embeddings": {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, WORDS), np.float32)},
     "a head": {"base_model.model.lm_head.weight": np.ones((WORDS, HIDDEN), np.float32)},
     "an unnamed layer": {f"{STEM.replace('q_', 'k_')}.lora_{p}.weight": np.ones((4, HIDDEN), np.float32) for p in "AB"},
-    "a layer of another base": {
-        f"{STEM.replace('layers.0', 'layers.9')}.lora_{p}.weight": np.ones((4, HIDDEN), np.float32) for p in "AB"
-    },
+    "a layer of another base": {f"{STEM.replace('layers.0', 'layers.9')}.lora_{p}.weight": np.ones((4, HIDDEN), np.float32) for p in "AB"},
     "nothing": dict.fromkeys([f"base_model.model.{one.name}.lora_{p}.weight" for one in LINEARS for p in "AB"]),
 }
 
