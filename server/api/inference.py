@@ -1,4 +1,7 @@
-"""understudy.v1.InferenceService: requests to the loaded models, results back. Run belongs to server/api/run.py."""
+"""understudy.v1.InferenceService: requests to the loaded models, results back.
+
+Run belongs to server/api/run.py, Generate and GenerateText to generate.py, Translate and Summarize to texts.py.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from server.api import calls, convert
+from server.api.generate import GenerateServicer
+from server.api.selection import Selection
 from server.api.status import to_status
+from server.api.texts import TextServicer
 from server.api.wire import Context
 from server.core import Results, Task
-from server.errors import InvalidArgument, ModelNotLoaded, RequestTooLarge
+from server.errors import InvalidArgument, RequestTooLarge
 from server.metrics import Metrics
 from server.runtime.runtime import Runtime
 from server.runtime.tasks.zero_shot import DEFAULT_TEMPLATE
@@ -42,12 +48,13 @@ class InferenceServicer:
 
     def __init__(self, runtime: Runtime, defaults: Mapping[Task, str], max_items: int, run: RunsSkills, metrics: Metrics) -> None:
         self._runtime = runtime
-        self._defaults = defaults
+        self._selection = selection = Selection(runtime, defaults)
         self._max_items = max_items
         self._run = run
         self._metrics = metrics
-        self._only: dict[Task, str] = {}  # what `_default` found, until a model changes
-        runtime.subscribe(lambda _status: self._only.clear())
+        generation, texts = GenerateServicer(runtime, selection), TextServicer(runtime, selection, max_items)
+        self.Generate, self.GenerateText = generation.Generate, generation.GenerateText
+        self.Translate, self.Summarize = texts.Translate, texts.Summarize
 
     async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
         """Runs a skill."""
@@ -161,29 +168,8 @@ class InferenceServicer:
 
     def _use(self, selector: Any, task: Task) -> Any:
         """Holds the model that the request names or, without a name, the task's own."""
-        if selector.version and not selector.name:
-            raise InvalidArgument("a version without a name; expected model.name too.", field="model.name")
-        name = selector.name or self._default(task)
-        return self._runtime.use(name, task, selector.version or None)
-
-    def _default(self, task: Task) -> str:
-        """The configured default, else the only loaded model that is made for the task, else the only one that does it."""
-        known = self._defaults.get(task) or self._only.get(task)
-        if known is not None:
-            return known
-        able = self._runtime.models_for(task)
-        made = [name for name in able if self._runtime.manifest(name).task is task]
-        choice = made or able
-        if len(choice) == 1:
-            self._only[task] = choice[0]
-            return choice[0]
-        if not choice:
-            message = f"no loaded model does {task.value}; load one with ModelService.LoadModel, or see what there is with ListModels."
-            raise ModelNotLoaded(message, task=task.value)
-        names = ", ".join(repr(name) for name in choice[:10])
-        raise InvalidArgument(
-            f"several loaded models do {task.value}: {names}. Name one in model.name, or configure models.default.", field="model.name"
-        )
+        name, version = self._selection.pick(selector, task)
+        return self._runtime.use(name, task, version)
 
     def _check(self, values: Sequence[Any], field: str) -> None:
         if not values:

@@ -31,10 +31,14 @@ from server.errors import (
 from server.runtime.manifest import Manifest
 from server.runtime.memory import check_fits
 from server.runtime.repository import ModelFiles, Repository
+from server.runtime.served import Served as Served
+from server.runtime.served import tasks_of as tasks_of
 from server.runtime.verify import check_name, check_version
 
 if TYPE_CHECKING:
+    from server.runtime.decoder.generator import GeneratorModel
     from server.runtime.encoder import EncoderModel
+    from server.runtime.seq2seq.contract import Seq2SeqModel
     from server.runtime.tensor_engine import TensorEngine
 
 _log = logging.getLogger(__name__)
@@ -71,19 +75,6 @@ class ModelStatus:
     in_use: int = 0
 
 
-class Served(Protocol):
-    """What a loader makes of verified files. `encoder` is None for models that are only served raw."""
-
-    @property
-    def encoder(self) -> EncoderModel | None: ...
-
-    @property
-    def tensors(self) -> TensorEngine: ...
-
-    async def close(self, drain: bool) -> None:
-        """Finishes accepted work if `drain`, stops the threads and frees the session; called once."""
-
-
 class InThread(Protocol):
     """Runs a function outside of the event loop, one at a time."""
 
@@ -94,18 +85,6 @@ class Loader(Protocol):
     """Builds a model and warms it up. Raises ModelRejected, and leaves nothing behind then."""
 
     async def __call__(self, files: ModelFiles, in_thread: InThread, /) -> Served: ...
-
-
-def tasks_of(manifest: Manifest) -> frozenset[Task]:
-    """Tasks that calls may ask of a model. Embeddings also rank and match labels; NLI labels also do zero-shot."""
-    tasks = {manifest.task, Task.TENSOR}
-    if manifest.task is Task.FEATURE_EXTRACTION:
-        tasks |= {Task.TEXT_RANKING, Task.ZERO_SHOT_CLASSIFICATION}
-    elif manifest.task is Task.ZERO_SHOT_CLASSIFICATION:
-        tasks.add(Task.TEXT_CLASSIFICATION)
-    elif manifest.task is Task.TEXT_CLASSIFICATION and any(label.lower().startswith("entail") for label in manifest.labels):
-        tasks.add(Task.ZERO_SHOT_CLASSIFICATION)
-    return frozenset(tasks)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,7 +143,7 @@ class Runtime:
 
     def tensors(self, name: str, version: str | None = None) -> TensorEngine:
         """The loaded model for raw tensors; errors as `get`."""
-        return self._served(self._find(name, version)).tensors
+        return self._tensors(self._find(name, version))
 
     @contextmanager
     def use(self, name: str, task: Task | None = None, version: str | None = None) -> Iterator[EncoderModel]:
@@ -178,8 +157,29 @@ class Runtime:
     def use_tensors(self, name: str, version: str | None = None) -> Iterator[TensorEngine]:
         """As `tensors`, held as by `use`."""
         record = self._find(name, version)
+        tensors = self._tensors(record)
         with self._held(record):
-            yield self._served(record).tensors
+            yield tensors
+
+    @contextmanager
+    def use_generator(self, name: str, task: Task = Task.TEXT_GENERATION, version: str | None = None) -> Iterator[GeneratorModel]:
+        """The loaded decoder, held as by `use` for as long as its answers take; errors as `get`."""
+        record = self._find(name, version)
+        generator = self._served(record).generator
+        if generator is None or task not in record.tasks:
+            self._raise_other_task(record, task)
+        with self._held(record):
+            yield generator
+
+    @contextmanager
+    def use_seq2seq(self, name: str, task: Task, version: str | None = None) -> Iterator[Seq2SeqModel]:
+        """The loaded encoder-decoder, held as by `use`; errors as `get`."""
+        record = self._find(name, version)
+        model = self._served(record).seq2seq
+        if model is None or task not in record.tasks:
+            self._raise_other_task(record, task)
+        with self._held(record):
+            yield model
 
     def manifest(self, name: str, version: str | None = None) -> Manifest:
         """Manifest of a loaded model; errors as `get`."""
@@ -312,13 +312,22 @@ class Runtime:
     def _encoder(self, record: _Record, task: Task | None) -> EncoderModel:
         encoder = self._served(record).encoder
         if encoder is None or (task is not None and task not in record.tasks):
-            wanted = task.value if task else "text"
-            does = ", ".join(sorted(t.value for t in record.tasks if t is not Task.TENSOR)) or "raw tensors only"
-            others = ", ".join(repr(name) for name in self.models_for(task)) if task else ""
-            hint = f"Loaded models that do: {others}." if others else "Load one that does."
-            message = f"model {record.name!r} does not do {wanted}; it does {does}. {hint}"
-            raise TaskNotSupported(message, model=record.name, task=wanted, does=does)
+            self._raise_other_task(record, task)
         return encoder
+
+    def _tensors(self, record: _Record) -> TensorEngine:
+        tensors = self._served(record).tensors
+        if tensors is None:
+            self._raise_other_task(record, Task.TENSOR)
+        return tensors
+
+    def _raise_other_task(self, record: _Record, task: Task | None) -> NoReturn:
+        wanted = task.value if task else "text"
+        does = ", ".join(sorted(t.value for t in record.tasks if t is not Task.TENSOR)) or "raw tensors only"
+        others = ", ".join(repr(name) for name in self.models_for(task)) if task else ""
+        hint = f"Loaded models that do: {others}." if others else "Load one that does."
+        message = f"model {record.name!r} does not do {wanted}; it does {does}. {hint}"
+        raise TaskNotSupported(message, model=record.name, task=wanted, does=does)
 
     def _served(self, record: _Record) -> Served:
         assert record.served is not None, "a READY record is always served"

@@ -68,6 +68,10 @@ class GeneratorModel:
         self.tokenizer = parts.tokenizer
         self._parts = parts
 
+    def text_of(self, token_id: int) -> str:
+        """The text of one token by itself."""
+        return str(self.tokenizer.inner.decode([token_id], skip_special_tokens=False))
+
     async def generate(self, request: GenerateRequest, call: Call) -> Generation:
         """Accepts a request and queues it; the answers come from what is returned.
 
