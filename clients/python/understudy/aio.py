@@ -6,30 +6,45 @@ import asyncio
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 import grpc
 
-from understudy import calls, convert
+from understudy import calls, convert, generation
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
 from understudy.connection import call_metadata, channel_options, with_request_id
 from understudy.errors import UnderstudyError, from_rpc_error
-from understudy.options import AnswerOptions, CallOptions, ClassifyOptions, EmbedOptions, EntityOptions, RerankOptions, RunOptions
+from understudy.generation import Messages
+from understudy.options import (
+    AnswerOptions,
+    CallOptions,
+    ClassifyOptions,
+    EmbedOptions,
+    EntityOptions,
+    GenerateOptions,
+    RerankOptions,
+    RunOptions,
+    SummarizeOptions,
+    TranslateOptions,
+)
 from understudy.results import (
     Answer,
     Classification,
     Embedding,
     Entity,
     FloatArray,
+    GeneratedTexts,
     Model,
     RankedDocument,
     Results,
     RunAnswer,
     Skill,
     Status,
+    TextResult,
 )
 from understudy.retry import RetryPolicy as RetryPolicy
+from understudy.streams import AsyncTextStream
 
 T = TypeVar("T")
 
@@ -102,6 +117,50 @@ class AsyncClient:
     async def answer_question(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> Answer:
         """The best answer to one question."""
         return (await self._send(calls.answer_questions([(question, context)], dict(options))))[0][0]
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncTextStream:
+        """Goes on with a prompt, or answers {"role", "content"} messages, piece by piece:
+
+            async for delta in client.generate("Once upon a time", max_tokens=50):
+                print(delta.text, end="", flush=True)
+
+        Leaving the loop ends the work. Nothing is sent before the first step of the loop.
+        """
+        prepared = generation.generate(prompt, messages, token_ids, dict(options))
+        metadata = with_request_id(self._metadata, prepared.request_id)
+        method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(prepared.method)
+
+        def start(timeout_s: float) -> Any:
+            return method(prepared.request, timeout=timeout_s, metadata=metadata)
+
+        timeout_s = self._timeout_s if prepared.timeout_s is None else prepared.timeout_s
+        return AsyncTextStream(prepared, start, timeout_s, self._retry)
+
+    async def generate_text(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GeneratedTexts:
+        """As `generate`, with the whole answers at once; takes `best_of` too."""
+        return await self._send(generation.generate_text(prompt, messages, token_ids, dict(options)))
+
+    async def translate(self, texts: Sequence[str], **options: Unpack[TranslateOptions]) -> Results[TextResult]:
+        """Translations of texts."""
+        return await self._send(generation.translate(texts, dict(options)))
+
+    async def summarize(self, texts: Sequence[str], **options: Unpack[SummarizeOptions]) -> Results[TextResult]:
+        """Summaries of texts."""
+        return await self._send(generation.summarize(texts, dict(options)))
 
     async def run(self, skill: str, inputs: Sequence[convert.RunInput], **options: Unpack[RunOptions]) -> Results[RunAnswer]:
         """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages."""

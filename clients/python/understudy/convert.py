@@ -238,7 +238,7 @@ def _labels(labels: Any) -> tuple[Label, ...]:
 
 
 def _usage(usage: Any) -> Usage:
-    return Usage(usage.input_tokens, usage.output_tokens)
+    return Usage(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens)
 
 
 def _timings(timings: Any) -> Timings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 Priority = Literal["critical", "interactive", "bulk"]
 
@@ -91,3 +92,60 @@ class RunOptions(CallOptions, total=False):
     priority: Priority
     user: str
     return_errors: bool
+
+
+class GenerateOptions(CallOptions, total=False):
+    """`model`, `version`, `adapter` ("name" or "name@version"): who answers; without them the server's default, and no adapter.
+
+    Sampling, by OpenAI's and Hugging Face's names: `temperature` (0 takes the likeliest token), `top_k`, `top_p`, `min_p`,
+    `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias` (token id to bias), `seed`, `n`, `best_of`. An answer ends
+    at `max_tokens`, at a text of `stop`, at `stop_token_ids`, or at the model's own stop tokens unless `ignore_eos`.
+    Its form is bound by one of `json_schema` (a dict, or JSON text), `json_object`, `regex`, `choice`, `grammar` (Lark).
+    `tools`: functions as OpenAI describes them. `return_token_ids`, `logprobs`, `top_logprobs`: tokens beside the text.
+    """
+
+    model: str
+    version: str
+    adapter: str
+    priority: Priority
+    tools: Sequence[Mapping[str, Any]]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    best_of: int
+    max_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    json_schema: Mapping[str, Any] | str
+    json_object: bool
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+    return_token_ids: bool
+    logprobs: bool
+    top_logprobs: int
+
+
+class SummarizeOptions(ModelOptions, total=False):
+    """`num_beams`, `max_tokens`, `length_penalty`, `no_repeat_ngram_size`: the model's own without them. `truncate`: cut long texts."""
+
+    num_beams: int
+    max_tokens: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    truncate: bool
+
+
+class TranslateOptions(SummarizeOptions, total=False):
+    """`source_language`, `target_language`: as the model names them, for models of several languages."""
+
+    source_language: str
+    target_language: str

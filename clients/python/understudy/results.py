@@ -28,10 +28,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written; `cached_input_tokens` of those read were known from an earlier request."""
 
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_input_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,3 +236,107 @@ class Status:
     resident_bytes: int
     models: tuple[LoadedModel, ...]
     skills: tuple[SkillCounts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAlternative:
+    """A token that could have stood at a place, and its log-probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """A token of an answer. `logprob` is None, and `top` empty, unless they were asked for."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[TokenAlternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model asks for; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure the model was: means over an answer's tokens. Entropy in nats; the margin is to the second likeliest token."""
+
+    mean_logprob: float
+    mean_entropy: float
+    mean_margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTimings:
+    """Seconds. `inter_token` is the mean between two tokens; the last two count from the request's arrival at the server."""
+
+    tokenize: float = 0.0
+    queue: float = 0.0
+    inter_token: float = 0.0
+    time_to_first_token: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDelta:
+    """What one answer has got since the last delta. `finish_reason`: "stop", "length" or "tool_calls" in its last one, else ""."""
+
+    index: int
+    text: str
+    tokens: tuple[GeneratedToken, ...] = ()
+    finish_reason: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    confidence: Confidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """A whole answer; `finish_reason` as in GenerationDelta."""
+
+    text: str
+    finish_reason: str
+    confidence: Confidence
+    tokens: tuple[GeneratedToken, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSummary:
+    """Who answered, what it used, and how long it took. `adapter` is "name@version", or "" without one."""
+
+    model: str
+    version: str
+    adapter: str
+    usage: Usage
+    timings: GenerationTimings
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedTexts:
+    """The answers to one request, and its summary."""
+
+    answers: tuple[GeneratedText, ...]
+    summary: GenerationSummary
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.answers[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class TextResult:
+    """A translation or a summary. `truncated`: the source was cut, as asked."""
+
+    text: str
+    score: float
+    truncated: bool = False
