@@ -275,6 +275,7 @@ cdef class NativeSession:
     cdef const char** output_names
     cdef list kept  # owns the bytes behind the names
     cdef list kinds
+    cdef list output_kinds
     cdef readonly list inputs
     cdef readonly list outputs
 
@@ -303,9 +304,9 @@ cdef class NativeSession:
             environment.check(status)
         finally:
             (<Release_t>api[RELEASE_OPTIONS])(options)
-        self.kept, self.kinds = [], []
+        self.kept, self.kinds, self.output_kinds = [], [], []
         self.inputs = self.describe(SESSION_INPUTS, INPUT_NAME, INPUT_INFO, &self.input_names, self.kinds)
-        self.outputs = self.describe(SESSION_OUTPUTS, OUTPUT_NAME, OUTPUT_INFO, &self.output_names, [])
+        self.outputs = self.describe(SESSION_OUTPUTS, OUTPUT_NAME, OUTPUT_INFO, &self.output_names, self.output_kinds)
 
     def __dealloc__(self):
         if self.session != NULL:
@@ -443,3 +444,110 @@ cdef class NativeSession:
             return kind, tuple(sizes)
         finally:
             (<Release_t>api[RELEASE_TYPE_INFO])(info)
+
+
+cdef class Binding:
+    """Arrays that stay bound to a session's inputs and outputs from run to run; each may be used in part, with a shape of its own.
+
+    One thread uses it at a time. It keeps the arrays and the session's object alive, and must not run after the session's `close`.
+    """
+
+    cdef NativeSession session
+    cdef void** api
+    cdef Py_buffer* views
+    cdef void** values
+    cdef const char** outputs
+    cdef Py_ssize_t inputs  # places 0..inputs-1 are inputs, those behind are outputs
+    cdef Py_ssize_t count
+    cdef list kinds
+
+    def __init__(self, NativeSession session not None, list inputs, list outputs):
+        """`inputs`: an array for each input, in order; `outputs`: (index of the output, array) each. Raises as `NativeSession.run`."""
+        cdef Py_ssize_t i
+        if self.session is not None:
+            raise ValueError("a binding is made once")
+        if len(inputs) != len(session.inputs) or not all(0 <= index < len(session.outputs) for index, _ in outputs):
+            raise ValueError(f"the graph has {len(session.inputs)} inputs and {len(session.outputs)} outputs")
+        self.session = session
+        self.api = session.api
+        self.inputs = len(inputs)
+        self.views = <Py_buffer*>PyMem_Calloc(self.inputs + len(outputs) + 1, sizeof(Py_buffer))
+        self.values = <void**>PyMem_Calloc(self.inputs + len(outputs) + 1, sizeof(void*))
+        self.outputs = <const char**>PyMem_Calloc(len(outputs) + 1, sizeof(char*))
+        if self.views == NULL or self.values == NULL or self.outputs == NULL:
+            raise MemoryError
+        self.count = self.inputs + len(outputs)
+        self.kinds = list(session.kinds) + [session.output_kinds[index] for index, _ in outputs]
+        for i in range(self.inputs):
+            self.put(i, inputs[i])
+        for i, (index, array) in enumerate(outputs):
+            self.outputs[i] = session.output_names[<Py_ssize_t>index]
+            self.put(self.inputs + i, array)
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            if self.values[i] != NULL:
+                (<Release_t>self.api[RELEASE_VALUE])(self.values[i])
+            PyBuffer_Release(&self.views[i])
+        PyMem_Free(self.views)
+        PyMem_Free(self.values)
+        PyMem_Free(self.outputs)
+
+    def put(self, Py_ssize_t place, array):
+        """Binds another array to a place, in full."""
+        cdef Py_buffer view
+        cdef void* value = NULL
+        if not 0 <= place < self.count:
+            raise ValueError(f"there are {self.count} places")
+        try:
+            PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+        except BufferError as error:
+            raise ValueError(f"not a contiguous array: {error}") from error
+        try:
+            self.session.bind(&view, self.kinds[place], &value)
+        except BaseException:
+            PyBuffer_Release(&view)
+            raise
+        if self.values[place] != NULL:
+            (<Release_t>self.api[RELEASE_VALUE])(self.values[place])
+        PyBuffer_Release(&self.views[place])
+        self.values[place] = value
+        self.views[place] = view
+
+    def shape(self, Py_ssize_t place, tuple sizes):
+        """From now on the first elements of the place's array, with this shape."""
+        cdef int64_t dims[MAX_RANK]
+        cdef int64_t total = 1
+        cdef Py_ssize_t axis, rank = len(sizes)
+        cdef void* value = NULL
+        if not 0 <= place < self.count or rank > MAX_RANK:
+            raise ValueError(f"there are {self.count} places")
+        for axis in range(rank):
+            dims[axis] = sizes[axis]
+            if dims[axis] < 0 or (dims[axis] > 0 and total > (<int64_t>1 << 62) // dims[axis]):
+                raise ValueError("a size is negative or far too large")
+            total *= dims[axis]
+        if total * self.views[place].itemsize > self.views[place].len:
+            raise ValueError(f"{sizes} is more than the array holds")
+        self.session.environment.check(
+            (<Tensor_t>self.api[CREATE_TENSOR_WITH_DATA])(
+                self.session.environment.memory, self.views[place].buf, total * self.views[place].itemsize, dims, rank, self.kinds[place], &value
+            )
+        )
+        (<Release_t>self.api[RELEASE_VALUE])(self.values[place])
+        self.values[place] = value
+
+    def run(self, Stop stop=None):
+        """Runs the graph; the outputs' arrays hold what it gave. Raises ValueError when the session is closed, OrtFailure."""
+        cdef void* session = self.session.session
+        cdef const void* options = NULL if stop is None else stop.options
+        cdef Status status
+        if session == NULL:
+            raise ValueError("the session is closed")
+        with nogil:
+            status = (<Run_t>self.api[RUN])(
+                session, options, self.session.input_names, self.values, self.inputs, self.outputs, self.count - self.inputs,
+                self.values + self.inputs
+            )
+        self.session.environment.check(status)

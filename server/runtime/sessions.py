@@ -79,6 +79,19 @@ class Stop(Protocol):
     def set(self) -> None: ...
 
 
+class Binding(Protocol):
+    """Arrays that stay bound to a session from run to run. Places count the inputs first, in the graph's order, then the bound outputs."""
+
+    def put(self, place: int, array: Array) -> None:
+        """Binds another contiguous array to a place, in full."""
+
+    def shape(self, place: int, sizes: tuple[int, ...]) -> None:
+        """From now on the first elements of the place's array, with this shape."""
+
+    def run(self) -> None:
+        """Runs the graph; the outputs' arrays hold what it gave. The GIL is free meanwhile. Raises as `Session.run`."""
+
+
 class Session(ABC):
     """One loaded graph. `run` may be called from several threads at once; none may be inside it when `close` is called."""
 
@@ -93,6 +106,10 @@ class Session(ABC):
     @abstractmethod
     def close(self) -> None:
         """Drops the graph; `release_memory` afterwards gives its pages back to the system. May be called again."""
+
+    @abstractmethod
+    def bind(self, inputs: Sequence[Array], outputs: Mapping[str, Array]) -> Binding:
+        """Keeps an array for each input, in the graph's order, and for some outputs. An input may be changed in place by the graph."""
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]: ...
@@ -168,10 +185,30 @@ class _NativeSession(Session):
     def close(self) -> None:
         self._native.close()
 
+    def bind(self, inputs: Sequence[Array], outputs: Mapping[str, Array]) -> Binding:
+        return _NativeBinding(self.path, self._native, list(inputs), [(self._places[name], array) for name, array in outputs.items()])
+
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]:
         assert stop is None or isinstance(stop, native.Stop), "made by another session's kind"
         values = self._native.run([feeds[spec.name] for spec in self.inputs], [self._places[name] for name in outputs], stop)
         return [np.asarray(value) for value in values]
+
+
+class _NativeBinding:
+    def __init__(self, path: Path, session: native.NativeSession, inputs: list[Array], outputs: list[tuple[int, Array]]) -> None:
+        self._path = path
+        try:
+            self._native = native.Binding(session, inputs, outputs)
+        except Exception as error:
+            raise _translated(error, None, path) from error
+        self.put = self._native.put
+        self.shape = self._native.shape
+
+    def run(self) -> None:
+        try:
+            self._native.run()
+        except Exception as error:
+            raise _translated(error, None, self._path) from error
 
 
 class _PythonStop:
@@ -210,10 +247,39 @@ class _PythonSession(Session):
     def close(self) -> None:
         self._native = None
 
+    def bind(self, inputs: Sequence[Array], outputs: Mapping[str, Array]) -> Binding:
+        return _PythonBinding(self, inputs, outputs)
+
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], stop: Stop | None) -> list[Array]:
         assert stop is None or isinstance(stop, _PythonStop), "made by another session's kind"
         result: list[Array] = self._native.run(list(outputs), dict(feeds), None if stop is None else stop.options)
         return result
+
+
+class _PythonBinding:
+    """The same by a plain run a time: for the processor, where a run reads its inputs in place, and copies of the outputs."""
+
+    def __init__(self, session: _PythonSession, inputs: Sequence[Array], outputs: Mapping[str, Array]) -> None:
+        self._session = session
+        self._arrays = [*inputs, *outputs.values()]
+        self._views = list(self._arrays)
+        self._names = list(outputs)
+
+    def put(self, place: int, array: Array) -> None:
+        self._arrays[place] = self._views[place] = array
+
+    def shape(self, place: int, sizes: tuple[int, ...]) -> None:
+        size = int(np.prod(sizes))
+        flat = self._arrays[place].reshape(-1)
+        if size > flat.size:
+            raise ValueError(f"{sizes} is more than the array holds")
+        self._views[place] = flat[:size].reshape(sizes)
+
+    def run(self) -> None:
+        specs = self._session.inputs
+        feeds = {spec.name: view for spec, view in zip(specs, self._views, strict=False)}
+        for place, result in enumerate(self._session.run(feeds, self._names), len(specs)):
+            np.copyto(self._views[place], result)
 
 
 def usable_cores() -> int:
