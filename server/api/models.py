@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from server.api.adapters import AdapterServicer
+from server.api.paging import page_token, read_page, seconds
 from server.api.wire import Context
 from server.core import Task
 from server.errors import InvalidArgument, near_names
@@ -28,8 +27,6 @@ _STATES = {
     ModelState.FAILED: model_pb2.MODEL_STATE_FAILED,
     ModelState.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
 }
-DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
-MAX_GRACE_S = 3600.0
 
 
 class ModelServicer:
@@ -37,6 +34,8 @@ class ModelServicer:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        adapters = AdapterServicer(runtime)
+        self.ListAdapters, self.LoadAdapter, self.UnloadAdapter = adapters.ListAdapters, adapters.LoadAdapter, adapters.UnloadAdapter
 
     async def GetModel(self, request: pb.GetModelRequest, _context: Context) -> pb.GetModelResponse:
         """One version."""
@@ -83,7 +82,7 @@ class ModelServicer:
     async def UnloadModel(self, request: pb.UnloadModelRequest, _context: Context) -> pb.UnloadModelResponse:
         """Drains a version, or all of a model's, and frees its memory."""
         name, version = parse_name(request.name)
-        grace = _seconds(request.grace) if request.HasField("grace") else None
+        grace = seconds(request.grace) if request.HasField("grace") else None
         statuses = await self._runtime.unload(name, version, grace_s=grace)
         return pb.UnloadModelResponse(models=[to_model(status.manifest, status) for status in statuses if status.manifest])
 
@@ -104,24 +103,6 @@ def parse_name(name: str, *, version_required: bool = False) -> tuple[str, str |
         form = "models/{model}/versions/{version}" + ("" if version_required else " or models/{model}")
         raise InvalidArgument(f"name is {name[:200]!r}; expected {form}.", field="name")
     return match[1], match[2]
-
-
-def read_page(size: int, token: str) -> tuple[int, tuple[str, int] | None]:
-    """(how many, after which name and version). 0 means 100, more than 1000 means 1000."""
-    if size < 0:
-        raise InvalidArgument(f"page_size is {size}; expected 0 or more.", field="page_size", limit=LARGEST_PAGE)
-    if not token:
-        return min(size or DEFAULT_PAGE, LARGEST_PAGE), None
-    try:
-        name, _, version = base64.urlsafe_b64decode(token.encode()).decode().partition("\n")
-        return min(size or DEFAULT_PAGE, LARGEST_PAGE), (name, int(version))
-    except (binascii.Error, ValueError):
-        raise InvalidArgument("page_token is none of ours; expected next_page_token of the page before.", field="page_token") from None
-
-
-def page_token(name: str, version: int) -> str:
-    """The token that `read_page` understands."""
-    return base64.urlsafe_b64encode(f"{name}\n{version}".encode()).decode()
 
 
 def to_model(manifest: Manifest, status: ModelStatus | None) -> model_pb2.Model:
@@ -163,10 +144,3 @@ def broken(name: str, version: str, error: str) -> model_pb2.Model:
 def timestamp(ns: int) -> Any:
     """Wall-clock nanoseconds since 1970 as a Timestamp."""
     return Timestamp(seconds=ns // 1_000_000_000, nanos=ns % 1_000_000_000)
-
-
-def _seconds(grace: Duration) -> float:
-    seconds = float(grace.seconds + grace.nanos / 1e9)
-    if not 0 <= seconds <= MAX_GRACE_S:
-        raise InvalidArgument(f"grace is {seconds:g} s; expected 0 to {MAX_GRACE_S:g} s.", field="grace", limit=f"{MAX_GRACE_S:g}")
-    return seconds

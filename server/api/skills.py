@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.api.models import page_token, read_page
+from server.api.paging import page_token, read_page
 from server.api.wire import Context
 from server.errors import InvalidArgument
 from server.routing.skills import SkillBook

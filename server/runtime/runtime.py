@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 from server.core import Task
 from server.errors import (
     Draining,
+    FailedPrecondition,
     ModelInUse,
     ModelNotLoaded,
     ModelRejected,
@@ -38,6 +39,7 @@ from server.runtime.verify import check_name, check_version
 if TYPE_CHECKING:
     from server.runtime.decoder.generator import GeneratorModel
     from server.runtime.encoder import EncoderModel
+    from server.runtime.lora.store import AdapterSet
     from server.runtime.seq2seq.contract import Seq2SeqModel
     from server.runtime.tensor_engine import TensorEngine
 
@@ -180,6 +182,17 @@ class Runtime:
             self._raise_other_task(record, task)
         with self._held(record):
             yield model
+
+    @contextmanager
+    def use_adapters(self, name: str, version: str | None = None) -> Iterator[AdapterSet]:
+        """The adapters of a loaded model, held as by `use`; raises FailedPrecondition for a model that takes none, and as `get`."""
+        record = self._find(name, version)
+        adapters = self._served(record).adapters
+        if adapters is None:
+            message = f"model {name!r} takes no adapters; expected one that was built for them. Pull it again with --adapters."
+            raise FailedPrecondition(message, model=name)
+        with self._held(record):
+            yield adapters
 
     def manifest(self, name: str, version: str | None = None) -> Manifest:
         """Manifest of a loaded model; errors as `get`."""

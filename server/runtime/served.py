@@ -10,6 +10,7 @@ from server.runtime.manifest import Manifest
 if TYPE_CHECKING:
     from server.runtime.decoder.generator import GeneratorModel
     from server.runtime.encoder import EncoderModel
+    from server.runtime.lora.store import AdapterSet
     from server.runtime.seq2seq.contract import Seq2SeqModel
     from server.runtime.tensor_engine import TensorEngine
 
@@ -28,6 +29,9 @@ class Served(Protocol):
 
     @property
     def tensors(self) -> TensorEngine | None: ...
+
+    @property
+    def adapters(self) -> AdapterSet | None: ...
 
     async def close(self, drain: bool) -> None:
         """Finishes accepted work if `drain`, stops the threads and frees the session; called once."""

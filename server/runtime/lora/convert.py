@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from server.errors import AlreadyExists, ModelRejected
-from server.runtime.adapter_folder import version_numbers
 from server.runtime.hub import is_hub_id
 from server.runtime.lora.folder import AdapterManifest, spec_of, write_adapter
 from server.runtime.lora.layout import base_of
 from server.runtime.lora.peft import PeftAdapter, read_peft
+from server.runtime.lora.repository import next_version
 from server.runtime.manifest import Manifest
 from server.runtime.verify import check_name
 
@@ -41,7 +41,7 @@ def add_peft(folder: Path, base: Manifest, root: Path, name: str, *, license: st
     }
     parent = root / base.name / name
     for _ in range(_RETRIES):
-        version = str(max(version_numbers(parent), default=0) + 1)
+        version = next_version(root, base.name, name)
         spec = spec_of(adapter.weights, version=version, **fields)
         try:
             return write_adapter(parent / version, spec, adapter.weights)

@@ -21,6 +21,7 @@ from server.runtime.adapter_folder import version_numbers
 from server.runtime.decoder.contract import AdapterUse
 from server.runtime.lora.bank import AdapterBank
 from server.runtime.lora.folder import AdapterManifest, read_adapter
+from server.runtime.lora.repository import names
 from server.runtime.lora.weights import LoraWeights, PrefixWeights
 from server.runtime.manifest import Manifest
 from server.runtime.verify import check_name, check_version
@@ -79,6 +80,7 @@ class AdapterSet:
         prefixes, as with encoders.
         """
         self.base = base
+        self._root = root
         self.folder = root / base.name
         self._bank = bank
         self._pages = pages
@@ -194,8 +196,7 @@ class AdapterSet:
         the log says why.
         """
         for spec in wanted:
-            names = await asyncio.to_thread(self._names) if spec == "*" else [spec]
-            for one in names:
+            for one in await asyncio.to_thread(self._names) if spec == "*" else [spec]:
                 name, _, version = one.partition("@")
                 try:
                     await self.load(name, version or None)
@@ -214,11 +215,7 @@ class AdapterSet:
     # Inside: the disk.
 
     def _names(self) -> list[str]:
-        try:
-            found = sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink())
-        except OSError:
-            return []
-        return [name for name in found if version_numbers(self.folder / name)][:_MAX_NAMES]
+        return names(self._root, self.base.name)[:_MAX_NAMES]
 
     async def _locate(self, name: str, version: str | None) -> tuple[str, int]:
         check_name(name, field="adapter")
@@ -227,8 +224,8 @@ class AdapterSet:
             return name, number
         if version is None and known:
             return name, known[0]
-        names = await asyncio.to_thread(self._names)
-        versions = f"it has the versions {', '.join(map(str, known[:20]))}." if known else near_names(name, names)
+        near = near_names(name, await asyncio.to_thread(self._names))
+        versions = f"it has the versions {', '.join(map(str, known[:20]))}." if known else near
         shown = f"{name}@{version}" if version is not None else name
         raise AdapterNotFound(
             f"model {self.base.name!r} has no adapter {shown!r} on the disk; {versions} Add it with `understudy adapters add`.",
