@@ -74,7 +74,7 @@ def runnable() -> list[str]:
     return str(library().us_isa_list().decode()).split()
 
 
-def _fill(args: Structure, values: dict[str, Any], keep: list[Any]) -> None:
+def fill(args: Structure, values: dict[str, Any], keep: list[Any]) -> None:
     for name, kind in args._fields_:
         value = values.get(name)
         if value is None:
@@ -93,13 +93,13 @@ def _call(
     results: list[Array] = []
     if quant:
         q, scale = np.empty(shape, np.uint8), np.empty(shape[0], np.float32)
-        _fill(args.quant, {"zero_point": 128, **quant, "q": q, "scale": scale}, keep)
+        fill(args.quant, {"zero_point": 128, **quant, "q": q, "scale": scale}, keep)
         results = [q, scale] if quant.get("per_row") else [q]
     if not quant or isinstance(args, (NormArgs, EmbedArgs, GemmArgs)):
         out = np.full(shape, np.nan, np.float32)
         values = {**values, "out" if isinstance(args, AttentionArgs) else "y": out}
         results = [out, *results]
-    _fill(args, values, keep)
+    fill(args, values, keep)
     call = getattr(library(), function)
     call.restype, call.argtypes = c_char_p, [c_char_p, c_void_p]
     message = call(isa.encode(), ctypes.addressof(args))
