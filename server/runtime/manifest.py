@@ -94,10 +94,15 @@ class Decoder(_Part):
 
 
 class Seq2Seq(_Part):
-    """An encoder-decoder exported with optimum: which file is which, and what generation needs by default (generation_config.json)."""
+    """An encoder-decoder: which file is which, how a text becomes its input, and what generation needs by default.
+
+    The graphs' inputs and outputs are stated in server/runtime/seq2seq/graph.py. A source is `source_prefix`, the text's tokens,
+    `source_suffix`; -1 in them stands for the source language's token, -2 for the target's. `target_by` says how the model is told the
+    target language otherwise: "first", the first token of the answer; "start", instead of the start token; "" not at all.
+    """
 
     encoder: FileName
-    decoder: FileName  # merged: with and without past, chosen by the input use_cache_branch
+    decoder: FileName
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
@@ -108,7 +113,14 @@ class Seq2Seq(_Part):
     max_output_tokens: int = Field(ge=1)
     generation: dict[str, Any] = {}  # num_beams, length_penalty, no_repeat_ngram_size, forced_bos_token_id, bad_words_ids, ...
     languages: dict[str, int] = {}  # language code -> its token, for models that are told the target language by a token
-    prefixes: dict[str, str] = {}  # task text before the input, e.g. T5's "translate English to French: "
+    prefixes: dict[str, str] = {}  # text before the input by "source-target" languages, "" for all: T5's "translate English to French: "
+    source_prefix: list[int] = []
+    source_suffix: list[int] = []
+    target_by: Literal["", "first", "start"] = ""
+    source_language: str = ""  # default codes, where a call gives none
+    target_language: str = ""
+    source_vocabulary: int = Field(default=0, ge=0)  # 0: `vocabulary`; ids from there on are pieces that the model does not know
+    unknown_token_id: int = Field(default=0, ge=0)
 
 
 class Manifest(_Part):

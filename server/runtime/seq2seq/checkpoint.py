@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from server.core import FloatArray
+from server.core import FloatArray, IntArray
 from server.errors import ModelRejected, near_names
 from server.runtime.graphs.config import read_json
 from server.runtime.graphs.tensors import Tensors, open_tensors
@@ -114,9 +114,13 @@ def _bart(raw: dict[str, Any]) -> Config:
     hidden = _number(raw, "d_model", 16_384)
     heads: dict[Side, int] = {side: _number(raw, f"{side}_attention_heads", 1024) for side in ("encoder", "decoder")}
     if any(hidden % n or hidden // n > MAX_HEAD_DIM for n in heads.values()):
-        raise ModelRejected(f"config.json: heads {heads} do not divide d_model {hidden}, or are wider than {MAX_HEAD_DIM}.", field="d_model")
+        raise ModelRejected(
+            f"config.json: heads {heads} do not divide d_model {hidden}, or are wider than {MAX_HEAD_DIM}.", field="d_model"
+        )
     if heads["encoder"] != heads["decoder"]:
-        raise ModelRejected(f"config.json: the two sides have {heads} heads; models with equal numbers are served.", field="decoder_attention_heads")
+        raise ModelRejected(
+            f"config.json: the two sides have {heads} heads; models with equal numbers are served.", field="decoder_attention_heads"
+        )
     vocabulary = _number(raw, "vocab_size", 4_000_000)
     return Config(
         model_type=str(raw["model_type"]),
@@ -310,7 +314,7 @@ class Checkpoint:
         return np.ascontiguousarray(table[_bucket(offsets, c.buckets, c.max_distance, side == "encoder")].T)
 
 
-def _bucket(offsets: np.ndarray, buckets: int, max_distance: int, both: bool) -> np.ndarray:
+def _bucket(offsets: IntArray, buckets: int, max_distance: int, both: bool) -> IntArray:
     """T5's bucket of key - query (Raffel et al. 2020, 2.1): exact while near, then logarithmic."""
     first = np.zeros(offsets.shape, np.int64)
     if both:
@@ -320,7 +324,8 @@ def _bucket(offsets: np.ndarray, buckets: int, max_distance: int, both: bool) ->
     exact = buckets // 2
     far = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
     far_bucket = np.minimum(exact + (far * np.float32(buckets - exact)).astype(np.int64), buckets - 1)
-    return first + np.where(distance < exact, distance, far_bucket)
+    found: IntArray = first + np.where(distance < exact, distance, far_bucket)
+    return found
 
 
 def _sinusoids(rows: int, width: int) -> FloatArray:

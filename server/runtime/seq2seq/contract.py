@@ -14,9 +14,10 @@ from server.runtime.manifest import Manifest
 class Seq2SeqOptions:
     """How a call's texts are answered; 0, "" and None mean what the model's own configuration says.
 
-    Languages are the model's own codes ("fr_XX", "fra_Latn", "fr"); see `Seq2SeqModel.source_languages` and `target_languages`. `max_tokens`: generated tokens
-    at most, the end token included. `num_beams`: 1 is greedy. `length_penalty`: the sum of log-probabilities is divided by the length to this power. `truncate`: cut
-    texts that are longer than the model takes, instead of refusing them.
+    Languages are the model's own codes ("fr_XX", "fra_Latn", "fr"); see `Seq2SeqModel.source_languages` and `target_languages`.
+    `max_tokens`: generated tokens at most, the end token included. `num_beams`: 1 is greedy. `length_penalty`: the sum of
+    log-probabilities is divided by the length to this power. `truncate`: cut texts that are longer than the model takes, instead of
+    refusing them.
     """
 
     source_language: str = ""
@@ -30,7 +31,7 @@ class Seq2SeqOptions:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One answer. `tokens`: ids as generated, start and forced tokens left out, the end token included where it was reached.
+    """One answer. `tokens`: ids after the start token, special ones and the end token included.
 
     `score`: the sum of the tokens' log-probabilities over length ** length_penalty, as beam search ranks it. `finish`: STOP at an end
     token, LENGTH at `max_tokens`.

@@ -47,6 +47,7 @@ DOMAIN = "understudy"
 OPSET = 17
 _ALIGN = 4096  # so that ONNX Runtime can map a tensor instead of copying it
 _EXTERNAL_BYTES = 1024
+_Spec = tuple[str, int, list[int | str]]
 _APPROXIMATE = {"gelu": 0, "gelu_tanh": 1}
 
 
@@ -103,7 +104,7 @@ class _Writer:
         biases = [dense.bias for dense in cross if dense.bias is not None]
         dense = Dense(np.concatenate([d.weight for d in cross], axis=1), np.concatenate(biases) if biases else None)
         self._dense("memory", x, dense)
-        inputs = [("input_ids", TensorProto.INT64, ["tokens"])]
+        inputs: list[_Spec] = [("input_ids", TensorProto.INT64, ["tokens"])]
         inputs += [] if c.t5 else [("position_ids", TensorProto.INT64, ["tokens"])]
         inputs += [("cu_seqlens", TensorProto.INT32, ["texts_and_one"])]
         return self._model(inputs, [("memory", TensorProto.FLOAT, ["tokens", dense.weight.shape[1]])])
@@ -120,7 +121,7 @@ class _Writer:
             x = self._norm("last", x, self.model.last_norm("decoder"))
         self._head(x)
         width = c.layers["decoder"] * 2 * self.inner
-        inputs = [("input_ids", TensorProto.INT64, ["rows"])]
+        inputs: list[_Spec] = [("input_ids", TensorProto.INT64, ["rows"])]
         inputs += [] if c.t5 else [("position_ids", TensorProto.INT64, ["rows"])]
         inputs += [
             ("past", TensorProto.FLOAT, ["slots", width]),
@@ -130,7 +131,7 @@ class _Writer:
             ("spans", TensorProto.INT32, ["rows", 2]),
             ("top", TensorProto.INT64, [1]),
         ]
-        outputs = [
+        outputs: list[_Spec] = [
             ("logits", TensorProto.FLOAT, ["rows", c.vocabulary]),
             ("lse", TensorProto.FLOAT, ["rows"]),
             ("values", TensorProto.FLOAT, ["rows", "k"]),
@@ -138,7 +139,7 @@ class _Writer:
         ]
         return self._model(inputs, outputs)
 
-    def _model(self, inputs: list[tuple[str, int, list[Any]]], outputs: list[tuple[str, int, list[Any]]]) -> onnx.ModelProto:
+    def _model(self, inputs: list[_Spec], outputs: list[_Spec]) -> onnx.ModelProto:
         given, made = ([helper.make_tensor_value_info(*one) for one in some] for some in (inputs, outputs))
         graph = helper.make_graph(self.nodes, f"{self.config.model_type}_{self.side}", given, made, self.initializers)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
@@ -181,10 +182,12 @@ class _Writer:
     def _embed(self) -> str:
         c, side = self.config, self.side
         table = self.model.embedding(side)
-        shared = "embedding" if c.source_vocabulary == c.vocabulary and np.array_equal(table, self.model.embedding("encoder")) else side
+        shared: str = (
+            "embedding" if c.source_vocabulary == c.vocabulary and np.array_equal(table, self.model.embedding("encoder")) else side
+        )
         x = self._node("Gather", [self._constant("embedding", table, shared), "input_ids"], "embedded")
         if c.embed_scale != 1.0:
-            x = self._node("Mul", [x, self._constant("embed_scale", np.float32(c.embed_scale) * np.ones(1, np.float32))], "embedded.scaled")
+            x = self._node("Mul", [x, self._constant("embed_scale", np.full(1, c.embed_scale, np.float32))], "embedded.scaled")
         positions = self.model.positions(side)
         if positions is not None:
             shared = "" if c.position_kind == "learned" else "positions"
@@ -193,7 +196,7 @@ class _Writer:
         return self._norm("embed", x, self.model.embed_norm(side)) if c.embed_norm else x
 
     def _around(self, x: str, i: int, part: str, body: Any) -> str:
-        """x + body(norm(x)), or norm(x + body(x))."""
+        """The sum x + body(norm(x)), or norm(x + body(x))."""
         norm, name = self.model.norm(self.side, i, part), f"layer{i}.{part}"
         if not self.config.pre_norm:
             return self._norm(name, body(x), norm, residual=x)
