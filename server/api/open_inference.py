@@ -13,9 +13,10 @@ from typing import Any
 
 from server.api import calls, wire
 from server.api import open_inference_codec as codec
+from server.api import open_inference_generate as generation
 from server.api import open_inference_models as models
 from server.api.open_inference_codec import Array
-from server.api.open_inference_text import TextForm, TextOptions, form_of, infer_text
+from server.api.open_inference_text import TextForm, TextOptions, form_of, infer_text, rewrite_text
 from server.core import Call, Priority, Results
 from server.errors import DeadlineExceeded, InvalidArgument, InvalidTensor, ModelNotLoaded, NotFound, UnderstudyError
 from server.runtime.manifest import Manifest
@@ -77,12 +78,16 @@ class OpenInferenceServicer:
         """Inputs and outputs."""
         manifest = self._runtime.manifest(request.name, request.version or None)
         versions = [s.version for s in self._runtime.loaded() if s.name == manifest.name and s.state is ModelState.READY]
-        return models.metadata(manifest, self._runtime.tensors(manifest.name, manifest.version), versions)
+        return models.metadata(manifest, self._raw(manifest), versions)
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, _context: wire.Context) -> pb.ModelConfigResponse:
         """Set-up."""
         manifest = self._runtime.manifest(request.name, request.version or None)
-        return models.config(manifest, self._runtime.tensors(manifest.name, manifest.version), self._max_items)
+        return models.config(manifest, self._raw(manifest), self._max_items)
+
+    def _raw(self, manifest: Manifest) -> models.RawModel | None:
+        generates = manifest.form in ("decoder", "seq2seq")
+        return None if generates else self._runtime.tensors(manifest.name, manifest.version)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _context: wire.Context) -> pb.ModelStatisticsResponse:
         """Counts of one model or of all that are loaded."""
@@ -145,17 +150,39 @@ class OpenInferenceServicer:
     async def ModelStreamInfer(self, requests: AsyncIterator[bytes], _context: wire.Context) -> AsyncIterator[bytes]:
         """Runs side by side, answers in order. Bytes that are no request end the stream: what follows them cannot be trusted."""
         base = calls.current_call()
-        waiting: asyncio.Queue[asyncio.Task[bytes] | Exception | None] = asyncio.Queue(STREAM_WINDOW)
-        running: dict[asyncio.Task[bytes], Call] = {}
+        waiting: asyncio.Queue[asyncio.Task[bytes] | bytes | Exception | None] = asyncio.Queue(STREAM_WINDOW)
+        running: dict[asyncio.Task[Any], Call] = {}
+        places = asyncio.Semaphore(STREAM_WINDOW)  # of answers that are being generated
+
+        async def generate(request: codec.Request, call: Call) -> None:
+            async for response in self._generate_stream(request, call):
+                await waiting.put(response)
 
         async def read() -> None:
             end: Exception | None = None
+            generating: set[asyncio.Task[None]] = set()
+
+            def ended(task: asyncio.Task[None]) -> None:
+                generating.discard(task)
+                running.pop(task, None)
+                places.release()
+
             try:
                 async for data in requests:
                     call = Call(base.request_id, base.deadline, tenant=base.tenant, user=base.user)
-                    task = asyncio.create_task(self._infer_one(codec.read_request(data), call))
+                    request = codec.read_request(data)
+                    if self._generates(request):
+                        await places.acquire()
+                        answer = asyncio.create_task(generate(request, call))
+                        running[answer] = call
+                        generating.add(answer)
+                        answer.add_done_callback(ended)
+                        continue
+                    task = asyncio.create_task(self._infer_one(request, call))
                     running[task] = call
                     await waiting.put(task)
+                if generating:
+                    await asyncio.gather(*generating)
             except Exception as error:
                 end = error
             await waiting.put(end)
@@ -165,13 +192,56 @@ class OpenInferenceServicer:
             while (item := await waiting.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
+                if isinstance(item, bytes):
+                    yield item
+                    continue
                 yield await item
                 del running[item]
         finally:
             reader.cancel()
-            for task, call in running.items():
+            for task, call in list(running.items()):
                 call.cancelled = True
                 task.cancel()
+
+    def _generates(self, request: codec.Request) -> bool:
+        """Whether the answers come in any number, as they are written."""
+        try:
+            return self._runtime.manifest(request.message.model_name, request.message.model_version or None).form == "decoder"
+        except UnderstudyError:
+            return False  # said where the request is answered
+
+    async def _generate_stream(self, request: codec.Request, call: Call) -> AsyncIterator[bytes]:
+        """One request of a stream to a model that generates: its responses, or its own error."""
+        message = request.message
+        final = _flag(message, _FINAL)
+        try:
+            _apply(message, call)
+            codec.check_request(message)
+            manifest = self._runtime.manifest(message.model_name, message.model_version or None)
+            ask = generation.read(codec.read_inputs(request))
+            if not ask.stream:
+                yield codec.stream_response(await self._infer_in_time(request, call)) + (_FINAL_RESPONSE if final else b"")
+                return
+            header = pb.ModelInferResponse(model_name=manifest.name, model_version=manifest.version, id=message.id)
+            with self._runtime.use_generator(manifest.name, version=manifest.version) as model:
+                async with asyncio.timeout(call.remaining() if "timeout" in message.parameters else None):
+                    async for outputs in generation.pieces(model, ask, call):
+                        wanted = {name: outputs[name] for name in _wanted(message, list(outputs))}
+                        yield codec.stream_response(codec.write_response(header, wanted.items()))
+            if final:
+                end = pb.ModelStreamInferResponse(infer_response=header).SerializeToString()
+                yield end + _FINAL_RESPONSE
+        except TimeoutError:
+            call.cancelled = True
+            yield self._failed(message, DeadlineExceeded("the request's timeout passed; expected more time.", stage=call.stage or "run"))
+        except UnderstudyError as error:
+            yield self._failed(message, error)
+
+    def _failed(self, message: pb.ModelInferRequest, error: UnderstudyError) -> bytes:
+        head = pb.ModelInferResponse(model_name=message.model_name, model_version=message.model_version, id=message.id)
+        text = f"[{error.reason}] {error.message}"
+        response = pb.ModelStreamInferResponse(error_message=text, infer_response=head).SerializeToString()
+        return response + _FINAL_RESPONSE if _flag(message, _FINAL) else response
 
     async def _infer_one(self, request: codec.Request, call: Call) -> bytes:
         """One request of a stream: its response, or its own error."""
@@ -180,9 +250,7 @@ class OpenInferenceServicer:
             _apply(message, call)
             response = codec.stream_response(await self._infer_in_time(request, call))
         except UnderstudyError as error:
-            head = pb.ModelInferResponse(model_name=message.model_name, model_version=message.model_version, id=message.id)
-            text = f"[{error.reason}] {error.message}"
-            response = pb.ModelStreamInferResponse(error_message=text, infer_response=head).SerializeToString()
+            return self._failed(message, error)
         return response + _FINAL_RESPONSE if _flag(message, _FINAL) else response
 
     async def _infer_in_time(self, request: codec.Request, call: Call) -> bytes:
@@ -220,6 +288,8 @@ class OpenInferenceServicer:
         heavy = not request.raw and message.ByteSize() > _LIGHT_BYTES
         inputs = await asyncio.to_thread(codec.read_inputs, request) if heavy else codec.read_inputs(request)
         form = form_of(manifest)
+        if manifest.form in ("decoder", "seq2seq"):
+            return await self._run_generation(message, inputs, manifest, call)
         if form is not None and any(name in inputs for name in _names(form)):
             with self._runtime.use(manifest.name, None, manifest.version) as model:
                 wanted = _wanted(message, [tensor.name for tensor in form.outputs])
@@ -241,6 +311,27 @@ class OpenInferenceServicer:
             results.timings.run = time.monotonic() - start
             entries = next((len(array) for array in inputs.values() if array.ndim), 1) if engine.batched else 1
             return _classified(message, {name: found[name] for name in wanted}, manifest, engine.batched), results, entries
+
+    async def _run_generation(
+        self, message: pb.ModelInferRequest, inputs: dict[str, Array], manifest: Manifest, call: Call
+    ) -> tuple[dict[str, Array], Results[Any], int]:
+        """As `_run`, for the models whose graphs take no raw tensors."""
+        if manifest.form == "seq2seq":
+            form = form_of(manifest)
+            assert form is not None, "every such task has a text form"
+            with self._runtime.use_seq2seq(manifest.name, manifest.task, manifest.version) as rewriter:
+                answer = await rewrite_text(rewriter, form, inputs, TextOptions(_flag(message, "truncate"), self._max_items), call)
+            return {name: answer.outputs[name] for name in _wanted(message, list(answer.outputs))}, answer.results, answer.items
+        ask = generation.read(inputs)
+        if ask.stream:
+            raise InvalidArgument("stream is true in ModelInfer, which gives one response; expected ModelStreamInfer.", field="stream")
+        with self._runtime.use_generator(manifest.name, version=manifest.version) as model:
+            outputs, answers = await generation.whole(model, ask, call)
+        summary = answers.summary()
+        results: Results[Any] = Results([None], usage=summary.usage, model=manifest.name, version=manifest.version)
+        results.timings.tokenize, results.timings.queue = summary.timings.tokenize, summary.timings.queue
+        results.timings.run = max(0.0, summary.timings.total - summary.timings.queue - summary.timings.tokenize)
+        return {name: outputs[name] for name in _wanted(message, list(outputs))}, results, 1
 
 
 def _names(form: TextForm) -> list[str]:

@@ -44,10 +44,10 @@ def shape(spec: TensorSpec) -> list[int]:
     return [size if isinstance(size, int) and size >= 0 else -1 for size in spec.shape]
 
 
-def metadata(manifest: Manifest, model: RawModel, versions: Sequence[str]) -> pb.ModelMetadataResponse:
-    """Inputs and outputs of the graph, then those of the text form."""
+def metadata(manifest: Manifest, model: RawModel | None, versions: Sequence[str]) -> pb.ModelMetadataResponse:
+    """Inputs and outputs of the graph, where it takes raw tensors, then those of the text form."""
     response = pb.ModelMetadataResponse(name=manifest.name, versions=versions, platform=PLATFORM)
-    for target, specs in ((response.inputs, model.inputs), (response.outputs, model.outputs)):
+    for target, specs in ((response.inputs, model.inputs), (response.outputs, model.outputs)) if model is not None else ():
         for spec in specs:
             target.add(name=spec.name, datatype=datatype(spec), shape=shape(spec))
     form = form_of(manifest)
@@ -58,31 +58,32 @@ def metadata(manifest: Manifest, model: RawModel, versions: Sequence[str]) -> pb
     return response
 
 
-def config(manifest: Manifest, model: RawModel, max_items: int) -> pb.ModelConfigResponse:
+def config(manifest: Manifest, model: RawModel | None, max_items: int) -> pb.ModelConfigResponse:
     """How the model is set up; shapes leave the batch axis out where there is one."""
     form = form_of(manifest)
+    batched = model is not None and model.batched
     found = pb.ModelConfig(
         name=manifest.name,
         platform=PLATFORM,
         backend="onnxruntime",
         default_model_filename="model.onnx",
-        max_batch_size=max_items if model.batched else 0,
+        max_batch_size=max_items if batched else 0,
         instance_group=[pb.ModelInstanceGroup(name=manifest.name, count=1, kind=pb.ModelInstanceGroup.KIND_CPU)],
-        model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
+        model_transaction_policy=pb.ModelTransactionPolicy(decoupled=manifest.form == "decoder"),
     )
-    if model.batched or form is not None:
+    if batched or form is not None:
         found.dynamic_batching.priority_levels = 3
         found.dynamic_batching.default_priority_level = 2
-    begin = 1 if model.batched else 0
+    begin = 1 if batched else 0
     text = [] if form is None else form.inputs
-    for spec in model.inputs:
+    for spec in model.inputs if model is not None else ():
         found.input.add(name=spec.name, data_type=_data_type(datatype(spec)), dims=shape(spec)[begin:], optional=form is not None)
     for tensor in text:
-        found.input.add(name=tensor.name, data_type=_data_type(tensor.datatype), dims=_dims(tensor, model.batched), optional=True)
-    for spec in model.outputs:
+        found.input.add(name=tensor.name, data_type=_data_type(tensor.datatype), dims=_dims(tensor, batched), optional=True)
+    for spec in model.outputs if model is not None else ():
         found.output.add(name=spec.name, data_type=_data_type(datatype(spec)), dims=shape(spec)[begin:])
     for tensor in [] if form is None else form.outputs:
-        found.output.add(name=tensor.name, data_type=_data_type(tensor.datatype), dims=_dims(tensor, model.batched))
+        found.output.add(name=tensor.name, data_type=_data_type(tensor.datatype), dims=_dims(tensor, batched))
     facts: Mapping[str, object] = {
         "task": manifest.task.value,
         "form": manifest.form,

@@ -7,6 +7,8 @@
 | text-ranking | query [1], text [n] | scores FP32 [n], in the order of the texts |
 | token-classification | text [n] | entities BYTES [n]: a JSON array of {label, score, text, start, end} each |
 | question-answering | question [n], context [n] | answer BYTES [n], score FP32 [n], start INT64 [n], end INT64 [n] |
+| translation, summarization | text [n] | text_output BYTES [n] |
+| text-generation | see open_inference_generate.py | |
 
 [n, 1] is taken for [n]. The protocol has no error for one item: the first item that fails fails the request.
 """
@@ -21,13 +23,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from server.api import open_inference_generate as generate
 from server.api.open_inference_codec import Array
 from server.core import Call, Results, Task
 from server.errors import InvalidArgument, InvalidTensor, RequestTooLarge
+from server.runtime.seq2seq.contract import Seq2SeqOptions
 
 if TYPE_CHECKING:
     from server.runtime.encoder import EncoderModel
     from server.runtime.manifest import Manifest
+    from server.runtime.seq2seq.contract import Seq2SeqModel
 
 T = TypeVar("T")
 
@@ -74,6 +79,10 @@ def _form(task: Task, labels: int, hidden: int) -> TextForm | None:
                 TextTensor("end", "INT64"),
             )
             return TextForm((TextTensor("question", "BYTES"), TextTensor("context", "BYTES")), outputs)
+        case Task.TEXT_GENERATION:
+            return TextForm(tuple(TextTensor(*one) for one in generate.INPUTS), tuple(TextTensor(*one) for one in generate.OUTPUTS))
+        case Task.TRANSLATION | Task.SUMMARIZATION:
+            return TextForm((text,), (TextTensor("text_output", "BYTES"),))
     return None
 
 
@@ -88,13 +97,23 @@ class TextAnswer:
 
 async def infer_text(model: EncoderModel, form: TextForm, inputs: Mapping[str, Array], options: TextOptions, call: Call) -> TextAnswer:
     """Runs a model on text. Raises InvalidTensor for inputs that are none of `form`, RequestTooLarge, and the first item's error."""
+    return await _RUNNERS[model.manifest.task](model, _read_texts(form, inputs, options), options, call)
+
+
+async def rewrite_text(model: Seq2SeqModel, form: TextForm, inputs: Mapping[str, Array], options: TextOptions, call: Call) -> TextAnswer:
+    """As `infer_text`, for translation and summarization by the model's own settings."""
+    texts = _read_texts(form, inputs, options)["text"]
+    results = await model.generate(texts, call, Seq2SeqOptions(truncate=options.truncate))
+    return TextAnswer({"text_output": _bytes([one.text for one in _values(results)], (len(texts),))}, results, len(texts))
+
+
+def _read_texts(form: TextForm, inputs: Mapping[str, Array], options: TextOptions) -> dict[str, list[str]]:
     wanted = [tensor.name for tensor in form.inputs]
     for name in inputs:
         if name not in wanted:
             message = f"input {name[:64]!r} is not known; this model takes text as {', '.join(wanted)}, alone."
             raise InvalidTensor(message, tensor=name[:64], expected=", ".join(wanted))
-    texts = {name: _texts(name, inputs.get(name), options.max_items) for name in wanted}
-    return await _RUNNERS[model.manifest.task](model, texts, options, call)
+    return {name: _texts(name, inputs.get(name), options.max_items) for name in wanted}
 
 
 @dataclass(frozen=True, slots=True)

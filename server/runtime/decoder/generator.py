@@ -189,6 +189,7 @@ class Generation:
         names = [tool.name for tool in request.tools]
         self._answers = [_Growing(names) for _ in range(request.best_of or request.n)]
         self._cached = 0
+        self.prompt_tokens = start.prompt
         self.adapter = start.adapter.key if start.adapter is not None else ""  # name@version; empty without one
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
@@ -216,7 +217,7 @@ class Generation:
         answers = []
         for index, grown in enumerate(self._answers):
             assert grown.finish is not None, "the engine ends every answer"
-            answers.append(Answer("".join(texts[index]), tokens[index], grown.finish, calls[index], grown.confidence()))
+            answers.append(Answer("".join(texts[index]), tokens[index], grown.finish, calls[index], grown.confidence(), grown.count))
         if len(answers) > self._request.n:
             answers.sort(key=lambda answer: -answer.confidence.logprob)
         return answers[: self._request.n]
@@ -276,6 +277,7 @@ class _Growing:
             self._entropy += token.entropy
             self._margin += token.margin
         self.count += len(piece.tokens)
+        delta.count += len(piece.tokens)
         self.times = piece.times
         if keep:
             delta.tokens += piece.tokens

@@ -79,11 +79,12 @@ class Confidence:
 
 @dataclass(slots=True)
 class Delta:
-    """What one answer has got since the delta before; the last one has `finish` and `confidence`."""
+    """What one answer has got since the delta before; the last one has `finish` and `confidence`. `count`: tokens, kept or not."""
 
     index: int
     text: str
     tokens: list[Token]
+    count: int = 0
     finish: FinishReason | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
     confidence: Confidence | None = None
@@ -98,6 +99,7 @@ class Answer:
     finish: FinishReason
     tool_calls: list[ToolCall]
     confidence: Confidence
+    count: int
 
 
 @dataclass(slots=True)
