@@ -59,6 +59,34 @@ def serve(
 
 
 @app.command()
+def run(
+    model: Annotated[str, typer.Argument(help='A text-generation model, "name" or "name@version".')],
+    prompt: Annotated[str, typer.Argument(help="What to go on with; without it, standard input.")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="A conversation by the model's chat template, line by line.")] = False,
+    system: Annotated[str, typer.Option(help="The conversation's system message.")] = "",
+    address: Annotated[str, typer.Option(help="Where the server listens, without TLS.")] = "127.0.0.1:50051",
+    local: Annotated[bool, typer.Option("--local", help="Loads the model in this process; no server is needed.")] = False,
+    models: Annotated[str | None, typer.Option(help="Model repository, with --local.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer; 0: as many as fit.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; 1 without it.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens that reach this probability together.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    adapter: Annotated[str, typer.Option(help='"name" or "name@version".')] = "",
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeatable.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tells tokens and times.")] = False,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Generates text on the terminal, from a running server or with --local in this process."""
+    from server.commands.run import RunOptions
+    from server.commands.run import run as answer
+
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "adapter": adapter, "stop": stop or ()}
+    asked = RunOptions(model, prompt, chat, system, address, local, verbose, options)
+    raise typer.Exit(answer(asked, config, _flags(settings, {"models.path": models})))
+
+
+@app.command()
 def doctor(config: ConfigOption = None, settings: SetOption = None) -> None:
     """Checks this machine and configuration: kernels, ONNX Runtime, repository, ports. Exit code 1 where something is wrong."""
     from server.commands.doctor import doctor as run
