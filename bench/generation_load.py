@@ -23,9 +23,10 @@ class Seen:
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     error: str = ""
+    tag: Any = None
 
     def report(self) -> dict[str, Any]:
-        return {"sent": self.sent, "arrivals": self.arrivals, "ids": self.ids, "error": self.error}
+        return {"tag": self.tag, "sent": self.sent, "arrivals": self.arrivals, "ids": self.ids, "error": self.error}
 
 
 class Ours:
@@ -97,7 +98,7 @@ class LlamaCpp:
 
 
 async def one(server: Any, request: dict[str, Any]) -> Seen:
-    seen = Seen(time.monotonic())
+    seen = Seen(time.monotonic(), tag=request.get("tag"))
     try:
         async for ids in server(request):
             seen.arrivals.append((time.monotonic(), len(ids)))
