@@ -87,8 +87,8 @@ def single_op_model(
 ) -> bytes:
     """A model of one operator.
 
-    Its inputs are `feeds` in order (None: absent), those named in `constants` as initializers. An output named "q" is u8, all
-    others are float32.
+    Its inputs are `feeds` in order (None: absent), those named in `constants` as initializers. An output named "q" is u8, one named
+    "" is not wanted, all others are float32.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -101,7 +101,9 @@ def single_op_model(
         if name not in constants
     ]
     initializers = [numpy_helper.from_array(np.ascontiguousarray(present[name]), name) for name in constants]
-    results = [helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, None) for name in outputs]
+    results = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, None) for name in outputs if name
+    ]
     graph = helper.make_graph([node], op, inputs, results, initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, OPSET)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -116,7 +118,7 @@ def run_op(
     threads: int = 1,
     constants: Collection[str] = (),
 ) -> list[NDArray[Any]]:
-    """Runs one operator in a session of its own and returns `outputs` in order."""
+    """Runs one operator in a session of its own and returns `outputs` in order, without those named ""."""
     from server.runtime import ort
 
     onnxruntime = ort.import_ort()
@@ -127,10 +129,11 @@ def run_op(
     model = single_op_model(op, feeds, outputs, attributes, constants)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     fed = {name: value for name, value in feeds.items() if value is not None and name not in constants}
-    return list(session.run(outputs, fed))
+    return list(session.run([name for name in outputs if name], fed))
 
 
-def _expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> None:
+def expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> None:
+    """FailedPrecondition where an element is off by more than tolerance * (1 + its size)."""
     error = float(np.max(np.abs(got - expected) / (1.0 + np.abs(expected)), initial=0.0))
     if got.shape != expected.shape or not error <= tolerance:
         raise FailedPrecondition(
@@ -141,10 +144,11 @@ def _expect_close(op: str, got: NDArray[Any], expected: NDArray[np.float64], tol
         )
 
 
-def _expect_quantized(op: str, got: list[NDArray[Any]], expected: twins.Quantized) -> None:
-    _expect_close(op, got[0].astype(np.float64), np.clip(expected.exact, 0, 255), 0.51)
+def expect_quantized(op: str, got: list[NDArray[Any]], expected: twins.Quantized) -> None:
+    """FailedPrecondition where [q] or [q, scale] differs by more than the rounding of an exact half."""
+    expect_close(op, got[0].astype(np.float64), np.clip(expected.exact, 0, 255), 0.51)
     if expected.scale is not None:
-        _expect_close(op, got[1] / expected.scale, np.ones_like(expected.scale, dtype=np.float64), 1e-5)
+        expect_close(op, got[1] / expected.scale, np.ones_like(expected.scale, dtype=np.float64), 1e-5)
 
 
 def self_test() -> None:
@@ -184,13 +188,13 @@ def self_test() -> None:
     mult = (abs(floats(columns)) + 0.5) * 30
     for op, feeds, attributes, twin in cases:
         expected = twin()
-        _expect_close(op, run_op(op, feeds, ["y"], attributes)[0], expected, 5e-6)
+        expect_close(op, run_op(op, feeds, ["y"], attributes)[0], expected, 5e-6)
         leading = ["y"] if op in ("AddNorm", "EmbedNorm") else []
         quantized = {**feeds, "mult": mult}
         static = run_op(op + "Q", quantized, [*leading, "q"], {**attributes, "zero_point": 120})
-        _expect_quantized(op + "Q", static[len(leading) :], twins.quantize(expected, mult, 120))
+        expect_quantized(op + "Q", static[len(leading) :], twins.quantize(expected, mult, 120))
         per_row = run_op(op + "Q", quantized, [*leading, "q", "out_scale"], {**attributes, "per_row": 1})
-        _expect_quantized(op + "Q", per_row[len(leading) :], twins.quantize(expected, mult, per_row=True))
+        expect_quantized(op + "Q", per_row[len(leading) :], twins.quantize(expected, mult, per_row=True))
     product: Feeds = {
         "a": random.integers(0, 256, (tokens, 90)).astype(np.uint8),
         "b": random.integers(-127, 128, (90, columns)).astype(np.int8),
@@ -198,4 +202,7 @@ def self_test() -> None:
         "b_scale": abs(gamma),
         "a_zero": np.full((), 117, np.uint8),
     }
-    _expect_close("Int8Gemm", run_op("Int8Gemm", product, ["y"], {}, constants=["b"])[0], twins.int8_gemm(**product), 5e-6)
+    expect_close("Int8Gemm", run_op("Int8Gemm", product, ["y"], {}, constants=["b"])[0], twins.int8_gemm(**product), 5e-6)
+    from server.runtime import kernels_decoder
+
+    kernels_decoder.self_test()
