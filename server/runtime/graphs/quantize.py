@@ -44,7 +44,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class StaticRows:
     """Static quantization of smoothed rows: u8 = rint(x / scale) + zero_point."""
 
     scale: float
@@ -73,19 +73,19 @@ def quantize_product(x: FloatArray, dense: Dense, sample: np.ndarray, forms: Seq
     square = np.square(x).mean(axis=0)
     best: dict[str, tuple[float, float]] = {}
     for alpha in ALPHAS:
-        smooth = _smooth(high, weight_high, alpha)
+        smooth = smoothing(high, weight_high, alpha)
         weight = part * smooth[:, None]
         q, scale = round_weights(weight, square / smooth**2, COARSE_CLIPS)
         rounded = q * scale
         smoothed = rows / smooth
         for form in forms:
-            static = _static(thin / smooth, (low / smooth, top / smooth), weight) if form == "static" else None
-            got = _round_rows(smoothed, static) @ rounded
+            static = fit_static(thin / smooth, (low / smooth, top / smooth), weight) if form == "static" else None
+            got = round_rows(smoothed, static) @ rounded
             error = _distance(got, want) / power
             if form not in best or error < best[form][0]:
                 best[form] = (error, alpha)
     form = forms[0] if len(forms) == 1 else ("row" if best["row"][0] < ROW_MUST_WIN * best["static"][0] else "static")
-    return _finish(x, dense, _smooth(high, weight_high, best[form][1]), form, sample)
+    return _finish(x, dense, smoothing(high, weight_high, best[form][1]), form, sample)
 
 
 def _distance(got: FloatArray, want: FloatArray) -> float:
@@ -96,14 +96,14 @@ def _power(want: FloatArray) -> float:
     return max(float(np.square(want, dtype=np.float64).sum()), 1e-30)
 
 
-def _smooth(high: FloatArray, weight_high: FloatArray, alpha: float) -> FloatArray:
+def smoothing(high: FloatArray, weight_high: FloatArray, alpha: float) -> FloatArray:
     s = high**alpha / weight_high ** (1 - alpha)
     # Only ratios between channels matter; a channel that calibration never saw must not get a huge factor.
     s /= np.exp(np.log(s).mean())
     return np.clip(s, 1e-4, 1e4).astype(np.float32)
 
 
-def _round_rows(rows: FloatArray, static: _Rows | None) -> FloatArray:
+def round_rows(rows: FloatArray, static: StaticRows | None) -> FloatArray:
     """Smoothed rows as int8 gives them back: with static scales, or with scales per row where `static` is None."""
     if static is not None:
         return static.round(rows)
@@ -112,17 +112,17 @@ def _round_rows(rows: FloatArray, static: _Rows | None) -> FloatArray:
     return values
 
 
-def _static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: FloatArray) -> _Rows:
+def fit_static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: FloatArray) -> StaticRows:
     """Scale and zero point by least error on the smoothed rows `thin`, each channel's weighted by what the weights make of it.
 
     `bounds`: least and greatest value of each channel over all rows.
     """
     low, high = min(float(bounds[0].min()), 0.0), max(float(bounds[1].max()), 0.0)
     gain = np.square(weight).sum(axis=1)
-    best = (np.inf, _Rows(1.0, 128))
+    best = (np.inf, StaticRows(1.0, 128))
     for clip in CLIPS:
         scale = max((high - low) * clip, 1e-20) / 255
-        rows = _Rows(scale, int(np.clip(np.rint(-low * clip / scale), 0, 255)))
+        rows = StaticRows(scale, int(np.clip(np.rint(-low * clip / scale), 0, 255)))
         error = float(np.square(rows.round(thin) - thin).mean(axis=0) @ gain)
         if error < best[0]:
             best = (error, rows)
@@ -168,11 +168,20 @@ def compensated(weight: FloatArray, scale: FloatArray, hessian: np.ndarray) -> n
 
     `hessian` float32[K, K]: X^T X of the smoothed calibration rows.
     """
-    size, block = len(weight), 128
-    # Damped so far that float32 carries the factorisation.
+    return compensated_by(weight, scale, inverse_factor(hessian))
+
+
+def inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """The upper factor of a hessian's inverse, float32[K, K]; the hessian is damped so far that float32 carries the factorisation."""
+    size = len(hessian)
     damped = hessian + np.eye(size, dtype=np.float32) * np.float32(0.01 * np.trace(hessian) / size + 1e-12)
     # R R^T = H with R upper triangular, by Cholesky of the matrix turned round; R^-1 is then the upper factor of H^-1.
-    upper = np.triu(np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]))
+    return np.triu(np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]))
+
+
+def compensated_by(weight: FloatArray, scale: FloatArray, upper: np.ndarray) -> np.ndarray:
+    """As `compensated`, with the factor that `inverse_factor` gives: it is the same for all columns."""
+    size, block = len(weight), 128
     left = weight.copy()
     q = np.empty_like(left)
     inverse = 1 / scale
@@ -199,14 +208,14 @@ def _finish(x: FloatArray, dense: Dense, smooth: FloatArray, form: str, sample: 
     weight = dense.weight * smooth[:, None]
     rows = smoothed[sample]
     want = rows @ weight
-    static = _static(rows, (smoothed.min(axis=0), smoothed.max(axis=0)), weight) if form == "static" else None
-    rounded = _round_rows(rows, static)
+    static = fit_static(rows, (smoothed.min(axis=0), smoothed.max(axis=0)), weight) if form == "static" else None
+    rounded = round_rows(rows, static)
     q, weight_scale = round_weights(weight, np.square(smoothed).mean(axis=0))
     if _distance(rows @ (q * weight_scale), want) > COMPENSATE_ABOVE * _distance(rounded @ weight, want):
         q = compensated(weight, weight_scale, smoothed.T @ smoothed)
     got = rounded @ (q * weight_scale)
     shift = (got - want).mean(axis=0, dtype=np.float64).astype(np.float32)
-    scales = static or _Rows(1.0, 128)
+    scales = static or StaticRows(1.0, 128)
     product = QuantizedProduct(
         row=static is None,
         mult=(1 / (smooth * np.float32(scales.scale))).astype(np.float32),

@@ -56,6 +56,25 @@ class Tensors:
         Raises:
             ModelRejected: it is absent, has another shape or no float type, or holds NaN or infinity; metadata `tensor`.
         """
+        return self.rows(name, shape, 0, shape[0] if shape else 1)
+
+    def rows(self, name: str, shape: tuple[int, ...], start: int, end: int) -> FloatArray:
+        """Rows [start, end) of the tensor of `shape` as float32; raises as `take`."""
+        entry = self.check(name, shape)
+        row = (entry.end - entry.start) // max(shape[0] if shape else 1, 1)
+        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start + start * row, shape=((end - start) * row,))
+        values = _decode(raw, entry.dtype).reshape((end - start, *shape[1:]) if shape else ())
+        if not np.isfinite(values).all():
+            raise ModelRejected(f"Tensor {name!r} holds NaN or infinity; the checkpoint is damaged or its training diverged.", tensor=name)
+        return values
+
+    def bits(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The bits uint16 of a bfloat16 tensor, as a view of its file; None for other types."""
+        entry = self.check(name, shape)
+        return np.memmap(entry.file, dtype="<u2", mode="r", offset=entry.start, shape=shape) if entry.dtype == "BF16" else None
+
+    def check(self, name: str, shape: tuple[int, ...]) -> _Entry:
+        """The header's entry of a float tensor of exactly `shape`; raises ModelRejected."""
         entry = self._entries.get(name)
         if entry is None:
             near = [n for n in self._entries if n.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:]][:3]
@@ -65,11 +84,7 @@ class Tensors:
             raise ModelRejected(f"Tensor {name!r} has shape {entry.shape}; config.json asks for {shape}.", tensor=name)
         if entry.dtype not in _FLOATS:
             raise ModelRejected(f"Tensor {name!r} has type {entry.dtype}; expected one of {', '.join(_FLOATS)}.", tensor=name)
-        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.end - entry.start,))
-        values = _decode(raw, entry.dtype).reshape(shape)
-        if not np.isfinite(values).all():
-            raise ModelRejected(f"Tensor {name!r} holds NaN or infinity; the checkpoint is damaged or its training diverged.", tensor=name)
-        return values
+        return entry
 
 
 def _decode(raw: Any, dtype: str) -> FloatArray:

@@ -1,0 +1,203 @@
+"""One matrix product of a decoder in int8: as server/runtime/graphs/quantize.py does it for encoders, with two differences.
+
+Rows are weighed. Decoders have tokens (the first one above all) whose activations are hundreds of times those of others (arXiv
+2402.17762): they must not decide the scales of all others, nor may they be broken themselves, since every token attends to them. And
+products may be large: columns are rounded some at a time, and the cost is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.core import FloatArray
+from server.runtime.graphs.decoder.checkpoint import Product
+from server.runtime.graphs.decoder.forms import Int4, Int8
+from server.runtime.graphs.quantize import (
+    COARSE_CLIPS,
+    COMPENSATE_ABOVE,
+    ROW_MUST_WIN,
+    TINY,
+    WEIGHT_CLIPS,
+    StaticRows,
+    compensated_by,
+    fit_static,
+    inverse_factor,
+    round_rows,
+    round_weights,
+    smoothing,
+)
+
+ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.9)
+FAST_ALPHAS = (0.0, 0.5, 0.8)
+FAST_CLIPS = (1.0, 1.25)
+SAMPLE_COLUMNS, SAMPLE_BLOCKS = 256, 8
+# The share of the worst row's error that counts, beside the mean over rows.
+WORST = 0.05
+# Floats of a weight that are rounded at once: what stays near the cores.
+CHUNK = 1 << 20
+
+# Puts an array where it does not take memory, and gives it back as it is read.
+Keep = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What may be spent: rows that candidates are compared on, deepest product whose rounding is compensated."""
+
+    name: str
+    rows: int
+    compensate: int
+
+    @property
+    def fast(self) -> bool:
+        return self.name == "fast"
+
+
+EFFORTS = {
+    "fast": Effort("fast", 192, 0),
+    "normal": Effort("normal", 512, 4096),
+    "best": Effort("best", 768, 1 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form chosen for a product: "static", "row" or "int4". `error`: of its result on calibration rows, see `Rows.error`."""
+
+    form: str
+    error: float
+    product: Int8 | Int4
+
+
+class Weights:
+    """A product's weight: all of it in memory where that was read anyway, else read by columns."""
+
+    def __init__(self, product: Product, full: FloatArray | None = None) -> None:
+        self.product = product
+        self.full = full
+        self.inputs, self.outputs = product.inputs, product.outputs
+
+    def columns(self, start: int, end: int) -> FloatArray:
+        """Columns [start, end)."""
+        return self.product.columns(start, end) if self.full is None else self.full[:, start:end]
+
+    def chunks(self, floats: int = CHUNK) -> list[tuple[int, int]]:
+        """Ranges of columns of about `floats` elements."""
+        step = max(16, floats // self.inputs // 16 * 16)
+        return [(start, min(start + step, self.outputs)) for start in range(0, self.outputs, step)]
+
+    def sampled(self) -> tuple[np.ndarray, FloatArray]:
+        """Numbers of some columns spread over the product, and those columns."""
+        if self.outputs <= SAMPLE_COLUMNS:
+            return np.arange(self.outputs), np.ascontiguousarray(self.columns(0, self.outputs))
+        width = SAMPLE_COLUMNS // SAMPLE_BLOCKS
+        starts = np.linspace(0, self.outputs - width, SAMPLE_BLOCKS).astype(int)
+        parts = [self.columns(start, start + width) for start in starts.tolist()]
+        return np.concatenate([np.arange(start, start + width) for start in starts]), np.concatenate(parts, axis=1)
+
+
+class Rows:
+    """A product's inputs on calibration text, weighed: none counts more than the median one."""
+
+    def __init__(self, x: FloatArray, count: int) -> None:
+        power = np.square(x).mean(axis=1)
+        self.gain = 1 / np.sqrt(np.maximum(power, max(float(np.median(power)), 1e-30)))
+        self.low, self.top = x.min(axis=0), x.max(axis=0)
+        levelled: FloatArray = x * self.gain[:, None].astype(np.float32)
+        self.high: FloatArray = np.maximum(np.abs(levelled).max(axis=0), TINY)
+        self.square: FloatArray = np.square(levelled).mean(axis=0)
+        self.levelled = levelled
+        picked = np.unique(np.linspace(0, len(x) - 1, min(count, len(x))).astype(int))
+        # The largest rows are always among those that are looked at.
+        picked = np.union1d(picked, np.argsort(power)[-8:])
+        self.sample: FloatArray = np.ascontiguousarray(x[picked])
+
+    def hessian(self, smooth: FloatArray | None = None) -> np.ndarray:
+        """X^T X of the levelled rows, each channel divided by `smooth`."""
+        h: np.ndarray = self.levelled.T @ self.levelled
+        if smooth is not None:
+            h /= smooth[:, None]
+            h /= smooth[None, :]
+        return h
+
+    @staticmethod
+    def error(got: FloatArray, want: FloatArray) -> float:
+        """Mean over rows of ||got - want||^2 / ||want||^2, and a share of the worst; those below the median count as of its size."""
+        power = np.square(want, dtype=np.float64).sum(axis=1)
+        each = np.square(got - want, dtype=np.float64).sum(axis=1) / np.maximum(power, max(float(np.median(power)), 1e-30))
+        return float(each.mean() + WORST * each.max())
+
+
+def quantize_int8(rows: Rows, weights: Weights, effort: Effort, keep: Keep) -> Choice:
+    """The best int8 form of a product."""
+    picked, part = weights.sampled()
+    weight_high = np.maximum(np.concatenate([np.abs(weights.columns(*c)).max(axis=1)[None] for c in weights.chunks()]).max(axis=0), TINY)
+    want = rows.sample @ part
+    best: dict[str, tuple[float, FloatArray]] = {}
+    for alpha in FAST_ALPHAS if effort.fast else ALPHAS:
+        smooth = smoothing(rows.high, weight_high, alpha) if alpha else np.ones_like(rows.high)
+        scaled = part * smooth[:, None]
+        q, scale = round_weights(scaled, _importance(rows, smooth), FAST_CLIPS if effort.fast else COARSE_CLIPS)
+        back, smoothed = q * scale, rows.sample / smooth
+        for form in ("static", "row"):
+            static = _static(rows, smoothed, smooth, scaled) if form == "static" else None
+            error = rows.error(round_rows(smoothed, static) @ back, want)
+            if error < best.get(form, (np.inf,))[0]:
+                best[form] = (error, smooth)
+    form = "row" if best["row"][0] < ROW_MUST_WIN * best["static"][0] else "static"
+    return _finish(rows, weights, (picked, part), (form, best[form][1]), effort, keep)
+
+
+def _importance(rows: Rows, smooth: FloatArray) -> FloatArray:
+    """Mean squares of the smoothed inputs."""
+    square: FloatArray = rows.square / np.square(smooth)
+    return square
+
+
+def _static(rows: Rows, smoothed: FloatArray, smooth: FloatArray, weight: FloatArray) -> StaticRows:
+    return fit_static(smoothed, (rows.low / smooth, rows.top / smooth), weight)
+
+
+def _finish(
+    rows: Rows, weights: Weights, sample: tuple[np.ndarray, FloatArray], choice: tuple[str, FloatArray], effort: Effort, keep: Keep
+) -> Choice:
+    """Rounds all columns in the chosen form."""
+    (picked, part), (form, smooth) = sample, choice
+    want, smoothed = rows.sample @ part, rows.sample / smooth
+    static = _static(rows, smoothed, smooth, part * smooth[:, None]) if form == "static" else None
+    rounded = round_rows(smoothed, static)
+    importance = _importance(rows, smooth)
+    clips = FAST_CLIPS if effort.fast else WEIGHT_CLIPS
+    upper = _compensation(rows, part, smooth, rounded, effort)
+    q = np.empty((weights.inputs, weights.outputs), np.int8)
+    scale = np.empty(weights.outputs, np.float32)
+    for start, end in weights.chunks(CHUNK if upper is None else 8 * CHUNK):
+        scaled = weights.columns(start, end) * smooth[:, None]
+        values, scale[start:end] = round_weights(scaled, importance, clips)
+        q[:, start:end] = values if upper is None else compensated_by(scaled, scale[start:end], upper)
+    got: FloatArray = rounded @ (q[:, picked] * scale[picked])
+    scales = static or StaticRows(1.0, 128)
+    product = Int8(
+        row=static is None,
+        mult=(1 / (smooth * np.float32(scales.scale))).astype(np.float32),
+        scale=scales.scale,
+        zero_point=scales.zero_point,
+        weight=keep(q),
+        weight_scale=scale,
+    )
+    return Choice(form, rows.error(got, want), product)
+
+
+def _compensation(rows: Rows, part: FloatArray, smooth: FloatArray, rounded: FloatArray, effort: Effort) -> np.ndarray | None:
+    """The factor that rounding is compensated by, where the weights' error is worth it and the product is not too deep."""
+    if len(part) > effort.compensate:
+        return None
+    scaled = part * smooth[:, None]
+    q, scale = round_weights(scaled, _importance(rows, smooth))
+    smoothed, want = rows.sample / smooth, rows.sample @ part
+    if rows.error(smoothed @ (q * scale), want) <= COMPENSATE_ABOVE * rows.error(rounded @ scaled, want):
+        return None
+    return inverse_factor(rows.hessian(smooth))
