@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 
 from server.core import Call, Entity, FloatArray, Label, Results, Span
+from server.runtime.decoder.contract import AdapterUse
+from server.runtime.engine import Encoded, EngineOutput, Pool
 from server.runtime.manifest import Manifest
 from server.runtime.tasks import answers, classification, embedding, entities, ranking, zero_shot
 from server.runtime.tasks.ranking import Ranked
@@ -17,6 +19,17 @@ from server.runtime.tasks.stages import EncoderEngine, Parts
 from server.runtime.tokenizers import TextInput, TextTokenizer
 
 __all__ = ["EncoderEngine", "EncoderModel", "Ranked"]
+
+
+class _Adapted:
+    """An engine whose every sequence runs with the adapter in `slot`."""
+
+    def __init__(self, engine: EncoderEngine, slot: int) -> None:
+        self._engine = engine
+        self._slot = slot
+
+    async def run(self, sequences: Sequence[Encoded], call: Call, pool: Pool | None) -> EngineOutput:
+        return await self._engine.run([Encoded(one.ids, one.type_ids, self._slot) for one in sequences], call, pool)
 
 
 class EncoderModel:
@@ -32,6 +45,10 @@ class EncoderModel:
         self.engine = engine
         self._parts = Parts(manifest, tokenizer, engine, executor)
         self._labels = zero_shot.LabelCache()
+
+    def adapted(self, use: AdapterUse) -> EncoderModel:
+        """The same model with an adapter on every sequence, for as long as the caller holds it; see server/runtime/lora/store.py."""
+        return EncoderModel(self.manifest, self.tokenizer, _Adapted(self.engine, use.slot), executor=self._parts.executor)
 
     async def embed(
         self,

@@ -23,10 +23,11 @@ _KNOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One tokenized sequence: `ids` int64[n], n >= 1, and `type_ids` int64[n] or None for zeros."""
+    """One tokenized sequence: `ids` int64[n], n >= 1, and `type_ids` int64[n] or None for zeros; `slot` of its adapter, -1 without."""
 
     ids: IntArray
     type_ids: IntArray | None = None
+    slot: int = -1
 
 
 @dataclass(slots=True)
@@ -78,7 +79,11 @@ class Packer:
                 "token_type_ids": self._types[:tokens],
                 "cu_seqlens": cu,
             }
-            return Packed(self._named(feeds), cu[:-1], cu[1:], tokens, 0)
+            packed = Packed(self._named(feeds), cu[:-1], cu[1:], tokens, 0)
+            if any(s.slot >= 0 for s in sequences):
+                # Not among the session's inputs: it is a graph's with adapters, seen as one without (server/runtime/lora/session.py).
+                packed.feeds["adapter_ids"] = np.repeat(np.fromiter((s.slot for s in sequences), np.int32, count), np.diff(cu))
+            return packed
         width = native.pack_padded(ids, types, self._ids, self._other, self._types, self._pad_id)
         tokens = count * width
         feeds = {

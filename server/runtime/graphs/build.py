@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 from server.core import Task
 from server.errors import ModelRejected
 from server.runtime.graphs import parity
+from server.runtime.graphs.adapters import lora_layout
 from server.runtime.graphs.architecture import HeadKind
 from server.runtime.graphs.calibrate import Progress, check_tokens, choose_forms, default_texts, encode
 from server.runtime.graphs.checkpoint import Checkpoint, read_checkpoint
@@ -48,11 +49,12 @@ def build(
     form: Literal["float32", "int8"],
     calibration: Sequence[str] | None = None,
     progress: Progress | None = None,
+    adapters: bool = False,
 ) -> Built:
     """Writes `out/model.onnx` for the checkpoint in `folder`; `out` must exist.
 
     int8 is calibrated on `calibration` (at least 16 texts; by default our own), through `folder/tokenizer.json`. `progress` is called with
-    a stage ("read", "quantize", "write", "check") and the share of it that is done.
+    a stage ("read", "quantize", "write", "check") and the share of it that is done. With `adapters`, the graph has places for them.
 
     Raises:
         ModelRejected: config, tensors or tokenizer are broken or unknown, or the graph's answers are out of tolerance.
@@ -62,6 +64,8 @@ def build(
     report = progress or (lambda _stage, _share: None)
     report("read", 0.0)
     model = read_checkpoint(folder, task)
+    if adapters:
+        model = replace(model, lora=lora_layout(model))
     report("read", 1.0)
     if form == "float32":
         return _build_float(model, out, task, report)
@@ -144,5 +148,6 @@ def _manifest(model: Checkpoint, task: Task, figures: Mapping[str, float], quant
         "token_types": model.token_type is not None,
         "labels": list(config.labels) if has_classes else [],
         "multi_label": config.multi_label and has_classes,
+        "lora": model.lora,
         "parity": dict(figures),
     }

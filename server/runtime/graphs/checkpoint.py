@@ -13,6 +13,7 @@ from server.runtime.graphs.architecture import HEAD_OF_TASK, HeadKind
 from server.runtime.graphs.config import EncoderConfig, read_config
 from server.runtime.graphs.mpnet import BUCKETS, relative_bias
 from server.runtime.graphs.tensors import Tensors, open_tensors
+from server.runtime.manifest import LoraLayout
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Layer:
 class Checkpoint:
     """The whole model. `position` starts at a sequence's first token. `token_type` is None where there is nothing to choose.
 
-    `relative_bias` float32[heads, 2R-1] as in the PackedAttention operator, or None. `head`: dense layers after the encoder.
+    `relative_bias` float32[heads, 2R-1] as in the PackedAttention operator, or None. `head`: dense layers after the encoder. `lora`: where
+    adapters lie in the bank, for a graph that takes them.
     """
 
     config: EncoderConfig
@@ -58,6 +60,7 @@ class Checkpoint:
     relative_bias: FloatArray | None
     kind: HeadKind
     head: tuple[Dense, ...]
+    lora: LoraLayout | None = None
 
     def products(self) -> dict[str, Dense]:
         """The matrix products of the encoder by name, in the order of the graph."""

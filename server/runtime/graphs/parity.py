@@ -31,7 +31,13 @@ def tolerances(kind: HeadKind, form: str) -> Tolerances:
 def run_graph(path: Path, model: Checkpoint, batch: Packed) -> FloatArray:
     """The graph's one output for `batch`."""
     session = import_ort().InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
-    output: FloatArray = session.run(None, batch.feed(model.token_type is not None))[0]
+    feeds = batch.feed(model.token_type is not None)
+    if model.lora is not None:  # one slot that no token names
+        dtype = np.float32 if model.lora.dtype == "float32" else np.uint16
+        feeds["adapter_ids"] = np.full(len(batch.ids), -1, np.int32)
+        feeds["lora_bank"] = np.zeros((1, 1, model.lora.width), dtype)
+        feeds["lora_ranks"] = np.zeros((1, len(model.lora.targets)), np.int32)
+    output: FloatArray = session.run(None, feeds)[0]
     return output
 
 

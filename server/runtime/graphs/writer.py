@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from server.core import FloatArray
 from server.runtime import kernels
+from server.runtime.graphs.adapters import lora_rows
 from server.runtime.graphs.architecture import HeadKind
 from server.runtime.graphs.checkpoint import Checkpoint, Dense, Norm
 
@@ -87,7 +88,8 @@ class _Graph:
 def write_graph(model: Checkpoint, plan: Plan, path: Path) -> tuple[Path, ...]:
     """Writes `model` to `path`, products named in `plan` in int8 and the rest in fp32; returns the files it wrote.
 
-    Weights beyond a protobuf's size go to one file `<path>.data`.
+    With `model.lora`, every product adds the adapters of its tokens, and the graph takes adapter_ids, lora_bank and lora_ranks too, as
+    server/runtime/decoder/contract.py states them. Weights beyond a protobuf's size go to one file `<path>.data`.
     """
     proto = _Writer(model, plan).write()
     size = sum(len(t.raw_data) for t in proto.graph.initializer)
@@ -104,6 +106,7 @@ class _Writer:
     def __init__(self, model: Checkpoint, plan: Plan) -> None:
         self.model = model
         self.plan = plan
+        self.rows = lora_rows(model, model.lora) if model.lora is not None else {}
         self.graph = _Graph()
         self.products = model.products()
         self.relative_bias = ""
@@ -118,6 +121,12 @@ class _Writer:
         if self.model.token_type is not None:
             inputs.append(helper.make_tensor_value_info("token_type_ids", ints, ["tokens"]))
         inputs.append(helper.make_tensor_value_info("cu_seqlens", cu, ["sequences_and_one"]))
+        lora = self.model.lora
+        if lora is not None:
+            bank = TensorProto.FLOAT if lora.dtype == "float32" else TensorProto.UINT16
+            inputs.append(helper.make_tensor_value_info("adapter_ids", cu, ["tokens"]))
+            inputs.append(helper.make_tensor_value_info("lora_bank", bank, ["slots", "rank", lora.width]))
+            inputs.append(helper.make_tensor_value_info("lora_ranks", cu, ["slots", len(lora.targets)]))
         rows = "sequences" if self.model.kind is HeadKind.SEQUENCE else "tokens"
         name = "hidden" if self.model.kind is HeadKind.HIDDEN else "logits"
         output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
@@ -183,6 +192,10 @@ class _Writer:
     def _product(self, name: str, left: _Operand) -> _Raw:
         dense, quantized = self.products[name], self.plan.get(name)
         constant = self.graph.constant
+        lora = ["adapter_ids", "lora_bank", "lora_ranks", constant(f"{name}.lora_layout", self.rows[name])] if self.rows else []
+        if quantized is None and lora:
+            y = self.graph.node("FloatGemm", [left.name, constant(f"{name}.weight", dense.weight), *lora], [f"{name}.product"], DOMAIN)
+            return _Raw(y, "", constant(f"{name}.bias", dense.bias))
         if quantized is None:
             y = self.graph.node("MatMul", [left.name, constant(f"{name}.weight", dense.weight)], [f"{name}.product"])
             return _Raw(y, "", constant(f"{name}.bias", dense.bias))
@@ -193,7 +206,9 @@ class _Writer:
             constant(f"{name}.weight_scale", quantized.weight_scale),
             constant(f"{name}.zero_point", np.uint8(quantized.zero_point)),
         ]
-        own = kernels.has_fast_product()
+        if lora:  # the adapters need the activations as they were before they became u8: mult as the operator before had it
+            inputs += [*lora, f"{name}.mult", left.row_scale]
+        own = bool(lora) or kernels.has_fast_product()
         y = self.graph.node("Int8Gemm" if own else "MatMulIntegerToFloat", inputs, [f"{name}.product"], DOMAIN if own else "com.microsoft")
         return _Raw(y, left.row_scale, constant(f"{name}.bias", quantized.bias))
 
