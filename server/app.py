@@ -48,6 +48,9 @@ _EXAMPLES = {
     Task.ZERO_SHOT_CLASSIFICATION: ("Classify", {"inputs": [{"text": "Where is my card?"}], "candidate_labels": ["card", "loan"]}),
     Task.TEXT_RANKING: ("Rerank", {"query": "lost card", "documents": ["Where is my card?", "I want a loan"]}),
     Task.TOKEN_CLASSIFICATION: ("ExtractEntities", {"texts": ["Ada Lovelace lived in London."]}),
+    Task.TEXT_GENERATION: ("Generate", {"prompt": "Once upon a time", "sampling": {"max_tokens": 32}}),
+    Task.TRANSLATION: ("Translate", {"texts": ["Where is my card?"]}),
+    Task.SUMMARIZATION: ("Summarize", {"texts": ["A long text about a lost card ..."]}),
     Task.QUESTION_ANSWERING: ("AnswerQuestion", {"inputs": [{"question": "Where?", "context": "Ada lived in London."}]}),
 }
 Closer = Callable[[], Awaitable[None]]
@@ -142,7 +145,7 @@ class App:
         from server.runtime.loader import make_loader
 
         config = self.config
-        loader = make_loader(config.runtime, self._metrics)
+        loader = make_loader(config.runtime, self._metrics, config.generation)
         return Runtime(Repository(Path(config.models.path)), loader, on_change=self._on_change, drain_s=config.server.grace_s)
 
     async def _register(self) -> None:

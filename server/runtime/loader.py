@@ -19,7 +19,8 @@ from server.runtime.tokenizers import TextTokenizer
 from server.runtime.worker import EngineSettings
 
 if TYPE_CHECKING:
-    from server.config import RuntimeConfig
+    from server.config import GenerationConfig, RuntimeConfig
+    from server.runtime.seq2seq.contract import Seq2SeqModel
     from server.runtime.tensor_engine import TensorEngine
 
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MOST_LANES = 8
 
 
-def make_loader(config: RuntimeConfig, observer: Observer) -> Loader:
+def make_loader(config: RuntimeConfig, observer: Observer, generation: GenerationConfig | None = None) -> Loader:
     """A loader whose sessions share one thread pool; `observer` hears from every engine that it makes."""
     sessions = Sessions(SessionSettings(config.threads, tuple(config.execution_providers), config.spinning))
     limits = QueueLimits(max_sequences=config.queue_sequences, max_tokens=config.queue_tokens)
@@ -38,6 +39,10 @@ def make_loader(config: RuntimeConfig, observer: Observer) -> Loader:
         settings = replace(settings, token_budget=config.token_budget)
 
     async def load(files: ModelFiles, in_thread: InThread) -> Served:
+        if files.manifest.form == "decoder":
+            return await _load_decoder(files, in_thread, sessions, generation, observer)
+        if files.manifest.form == "seq2seq":
+            return await _load_seq2seq(files, sessions, settings, observer)
         session = await in_thread(lambda: sessions.open(files.model))
         model = LoadedModel(session)
         try:
@@ -50,8 +55,44 @@ def make_loader(config: RuntimeConfig, observer: Observer) -> Loader:
     return load
 
 
+async def _load_decoder(
+    files: ModelFiles, in_thread: InThread, sessions: Sessions, config: GenerationConfig | None, observer: Observer
+) -> Served:
+    from server.runtime.decoder.load import DecoderSettings, LoadedDecoder
+
+    model = LoadedDecoder()
+    try:
+        await model.build(files, in_thread, sessions, DecoderSettings.of(config), observer)
+    except BaseException:
+        await model.close(drain=False)
+        raise
+    return model
+
+
+async def _load_seq2seq(files: ModelFiles, sessions: Sessions, settings: EngineSettings, observer: Observer) -> Served:
+    from server.runtime.seq2seq.model import open_seq2seq
+
+    return LoadedSeq2Seq(await open_seq2seq(files, sessions, settings, observer))
+
+
+class LoadedSeq2Seq:
+    """One version of an encoder-decoder in memory."""
+
+    encoder = generator = tensors = adapters = None
+
+    def __init__(self, model: Seq2SeqModel) -> None:
+        self.seq2seq: Seq2SeqModel = model
+
+    async def close(self, drain: bool) -> None:
+        """Finishes accepted calls if `drain`, and gives the memory back."""
+        await self.seq2seq.close(drain=drain)
+        await asyncio.to_thread(release_memory)
+
+
 class LoadedModel:
     """One version in memory: its session, and the engines that share it."""
+
+    generator = seq2seq = adapters = None
 
     def __init__(self, session: Session) -> None:
         self._session = session
