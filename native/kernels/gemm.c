@@ -23,8 +23,21 @@ enum {
     STEP_BYTES = 2 * GROUP_BYTES, /* a step is two groups, from anywhere in the panel */
     LANES = COLS * 2,    /* 16-bit sums of a group: two pairs of rows for each column */
     BOUND = 128,
-    ROWS = 4             /* of a tile: 4 x 2 accumulators */
+    TRIES = 48           /* partners that a group is held against */
 };
+
+#if defined(__AVX512VNNI__) && !defined(US_VW)
+#define US_VNNI
+#endif
+#if defined(US_VNNI) || (defined(US_VW) && US_VW == 16) /* tests: the same code, its one instruction in C */
+#define US_DOT
+#endif
+/* MARRIED: sums of 16 bits are used, and packing looks for groups that go together. A tile has as many rows as there are accumulators for. */
+#if defined(US_DOT) || !defined(__AVX2__) || defined(US_VW)
+enum { MARRIED = 0, ROWS = 8 };
+#else
+enum { MARRIED = 1, ROWS = 4 };
+#endif
 
 /* A group holds [column][row]; its first eight columns come first, so that it is two vectors. */
 static int64_t at(int64_t row, int64_t column) { return column * GROUP + row; }
@@ -38,6 +51,7 @@ typedef struct {
     int8_t *groups;      /* [groups][GROUP_BYTES] in the order of B */
     reach *reaches;
     int32_t *order;      /* groups, the farthest reach first */
+    int32_t *spare;      /* while they are sorted; then, for each place of the order, the next one that is free */
     uint16_t *hardness;
     uint8_t *taken;
 } workshop;
@@ -65,13 +79,17 @@ static int marry(const reach *a, const reach *b) {
     return !bad;
 }
 
-/* A counting sort by the high byte and then the low one would be faster; panels have some hundred groups. */
+/* The hardest first: a counting sort by the high byte of hardness, the reach, after one by the low byte. */
 static void sort_by_hardness(workshop *s, int64_t groups) {
-    for (int64_t i = 0; i < groups; i++) {
-        int64_t j = i;
-        for (; j > 0 && s->hardness[s->order[j - 1]] < s->hardness[i]; j--) s->order[j] = s->order[j - 1];
-        s->order[j] = (int32_t)i;
+    for (int64_t i = 0; i < groups; i++) s->spare[i] = (int32_t)i;
+    for (int shift = 0; shift <= 8; shift += 8) {
+        int32_t place[257] = {0};
+        int32_t *from = shift ? s->order : s->spare, *to = shift ? s->spare : s->order;
+        for (int64_t i = 0; i < groups; i++) place[256 - (s->hardness[from[i]] >> shift & 255)]++;
+        for (int i = 0; i < 256; i++) place[i + 1] += place[i];
+        for (int64_t i = 0; i < groups; i++) to[place[255 - (s->hardness[from[i]] >> shift & 255)]++] = from[i];
     }
+    memcpy(s->order, s->spare, (size_t)groups * sizeof *s->order);
 }
 
 static void add_to_panel(us_weights *w, int64_t panel, int64_t step, const workshop *s, int32_t a, int32_t b) {
@@ -82,29 +100,21 @@ static void add_to_panel(us_weights *w, int64_t panel, int64_t step, const works
     w->offsets[2 * (panel * w->steps + step) + 1] = b * GROUP;
 }
 
-static void pack_panel(us_weights *w, const int8_t *b, int64_t panel, workshop *s) {
-    const int64_t first = panel * COLS, n = w->cols - first < COLS ? w->cols - first : COLS, groups = 2 * w->steps;
-    int32_t *sums = w->column_sums + first;
-    memset(s->groups, 0, (size_t)(groups * GROUP_BYTES));
-    memset(s->taken, 0, (size_t)groups);
-    for (int64_t k = 0; k < w->depth; k++) {
-        const int8_t *row = b + k * w->cols + first;
-        int8_t *group = s->groups + k / GROUP * GROUP_BYTES;
-        for (int64_t c = 0; c < n; c++) {
-            group[at(k % GROUP, c)] = row[c];
-            sums[c] += row[c];
-        }
-    }
+static void marry_panel(us_weights *w, int64_t panel, workshop *s, int64_t groups) {
     for (int64_t g = 0; g < groups; g++) s->reaches[g] = reach_of(s->groups + g * GROUP_BYTES, &s->hardness[g]);
     sort_by_hardness(s, groups);
+    int32_t *next = s->spare;
+    for (int64_t i = 0; i < groups; i++) next[i] = (int32_t)i + 1;
     int64_t step = 0;
     for (int64_t i = 0; i < groups; i++) {
         const int32_t one = s->order[i];
-        if (s->taken[one]) continue;
-        for (int64_t j = i + 1; j < groups; j++) {
+        if (s->taken[one] || s->hardness[one] >= (BOUND + 1) * 256) continue;
+        int64_t before = i, tries = 0;
+        for (int64_t j = next[i]; j < groups && tries < TRIES; before = j, j = next[j], tries++) {
             const int32_t other = s->order[j];
-            if (s->taken[other] || !marry(&s->reaches[one], &s->reaches[other])) continue;
+            if (!marry(&s->reaches[one], &s->reaches[other])) continue;
             s->taken[one] = s->taken[other] = 1;
+            next[before] = next[j];
             add_to_panel(w, panel, step++, s, one, other);
             break;
         }
@@ -126,6 +136,26 @@ static void pack_panel(us_weights *w, const int8_t *b, int64_t panel, workshop *
     }
 }
 
+static void pack_panel(us_weights *w, const int8_t *b, int64_t panel, workshop *s) {
+    const int64_t first = panel * COLS, n = w->cols - first < COLS ? w->cols - first : COLS, groups = 2 * w->steps;
+    int32_t *sums = w->column_sums + first;
+    memset(s->groups, 0, (size_t)(groups * GROUP_BYTES));
+    memset(s->taken, 0, (size_t)groups);
+    for (int64_t k = 0; k < w->depth; k++) {
+        const int8_t *row = b + k * w->cols + first;
+        int8_t *group = s->groups + k / GROUP * GROUP_BYTES;
+        for (int64_t c = 0; c < n; c++) {
+            group[at(k % GROUP, c)] = row[c];
+            sums[c] += row[c];
+        }
+    }
+    if (MARRIED)
+        marry_panel(w, panel, s, groups);
+    else
+        for (int64_t i = 0; i < groups; i += 2) add_to_panel(w, panel, i / 2, s, (int32_t)i, (int32_t)i + 1);
+    if (!MARRIED) w->ends[2 * panel] = w->ends[2 * panel + 1] = (int32_t)w->steps;
+}
+
 static us_weights *pack(const int8_t *b, int64_t depth, int64_t cols) {
     const int64_t steps = (depth + 2 * GROUP - 1) / (2 * GROUP), panels = (cols + COLS - 1) / COLS;
     us_weights *w = aligned_alloc(64, (sizeof *w + 63) & ~(size_t)63);
@@ -140,10 +170,11 @@ static us_weights *pack(const int8_t *b, int64_t depth, int64_t cols) {
         return NULL;
     }
     const size_t groups = 2 * (size_t)steps;
-    workshop s = {malloc(groups * GROUP_BYTES + 1), malloc(groups * sizeof(reach) + 1), malloc(groups * 4 + 1), malloc(groups * 2 + 1), malloc(groups + 1)};
-    const int complete = s.groups && s.reaches && s.order && s.hardness && s.taken;
+    workshop s = {malloc(groups * GROUP_BYTES + 1), malloc(groups * sizeof(reach) + 1), malloc(groups * 4 + 1), malloc(groups * 4 + 1), malloc(groups * 2 + 1),
+                  malloc(groups + 1)};
+    const int complete = s.groups && s.reaches && s.order && s.spare && s.hardness && s.taken;
     for (int64_t panel = 0; complete && panel < panels; panel++) pack_panel(w, b, panel, &s);
-    free(s.groups), free(s.reaches), free(s.order), free(s.hardness), free(s.taken);
+    free(s.groups), free(s.reaches), free(s.order), free(s.spare), free(s.hardness), free(s.taken);
     if (!complete) {
         us_free_weights(w);
         return NULL;
@@ -160,7 +191,57 @@ typedef struct {
     float scale[COLS];
 } panel_view;
 
-#if defined(__AVX2__) && !defined(US_VW)
+#if defined(US_DOT)
+
+typedef int32_t lanes __attribute__((vector_size(COLS * 4)));
+
+/* acc += the four products of each lane, u8 by s8 */
+INLINE lanes dot(lanes acc, lanes a, lanes b) {
+#if defined(US_VNNI)
+    return (lanes)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    uint8_t u[GROUP_BYTES];
+    int8_t s[GROUP_BYTES];
+    memcpy(u, &a, sizeof u), memcpy(s, &b, sizeof s);
+    for (int c = 0; c < COLS; c++)
+        for (int k = 0; k < GROUP; k++) acc[c] += u[c * GROUP + k] * s[c * GROUP + k];
+    return acc;
+#endif
+}
+
+INLINE lanes broadcast4(const uint8_t *a) {
+    int32_t v;
+    memcpy(&v, a, sizeof v);
+    return v - (lanes){0};
+}
+
+/* Two accumulators a row hide the instruction's latency where rows are few. */
+INLINE void multiply(const uint8_t *a, int64_t stride, const panel_view *p, float *y, int64_t y_stride, int rows) {
+    lanes even[ROWS], odd[ROWS], zero;
+    typedef float floats __attribute__((vector_size(COLS * 4)));
+    floats scale;
+    memcpy(&zero, p->zero, sizeof zero), memcpy(&scale, p->scale, sizeof scale);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) even[r] = odd[r] = (lanes){0};
+    const int8_t *b = p->data;
+    for (int64_t s = 0; s < p->ends[SINGLES]; s++, b += STEP_BYTES) {
+        const uint8_t *x = a + s * 2 * GROUP; /* groups lie in the order of B here */
+        lanes b0, b1;
+        memcpy(&b0, b, sizeof b0), memcpy(&b1, b + GROUP_BYTES, sizeof b1);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            even[r] = dot(even[r], broadcast4(x + r * stride), b0);
+            odd[r] = dot(odd[r], broadcast4(x + r * stride + GROUP), b1);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const floats sum = __builtin_convertvector(even[r] + odd[r] - zero, floats) * scale;
+        memcpy(y + r * y_stride, &sum, sizeof sum);
+    }
+}
+
+#elif defined(__AVX2__) && !defined(US_VW)
 
 INLINE __m256i broadcast4(const uint8_t *a) {
     int32_t v;
@@ -178,9 +259,6 @@ INLINE __m256i add(__m256i acc, __m256i x) {
 
 /* acc += the products of one step, by the class that packing proved */
 INLINE __m256i add_step(__m256i acc, __m256i a0, __m256i a1, __m256i b0, __m256i b1, int class) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(acc, a0, b0), a1, b1);
-#else
     if (class == QUADS) return add(acc, wide(_mm256_add_epi16(_mm256_maddubs_epi16(a0, b0), _mm256_maddubs_epi16(a1, b1))));
     if (class == PAIRS) return add(add(acc, wide(_mm256_maddubs_epi16(a0, b0))), wide(_mm256_maddubs_epi16(a1, b1)));
     const __m256i even = _mm256_set1_epi16(0xff);
@@ -188,7 +266,6 @@ INLINE __m256i add_step(__m256i acc, __m256i a0, __m256i a1, __m256i b0, __m256i
     acc = add(acc, wide(_mm256_maddubs_epi16(_mm256_andnot_si256(even, a0), b0)));
     acc = add(acc, wide(_mm256_maddubs_epi16(_mm256_and_si256(a1, even), b1)));
     return add(acc, wide(_mm256_maddubs_epi16(_mm256_andnot_si256(even, a1), b1)));
-#endif
 }
 
 /* Adds the steps of one class to `total`. Own accumulators keep the compiler from spilling those of the other loops into this one. */
@@ -287,12 +364,16 @@ static void gemm(const us_gemm_args *g, int64_t begin, int64_t end, int64_t firs
     }
     for (int64_t panel = first; panel < last; panel++) {
         const panel_view p = view(g, panel);
-        int64_t row = begin;
-        for (; row + ROWS <= end; row += ROWS) tile(g, a + (row - begin) * stride, stride, &p, row, panel, ROWS);
-        switch (end - row) {
-        case 3: tile(g, a + (row - begin) * stride, stride, &p, row, panel, 3); break;
-        case 2: tile(g, a + (row - begin) * stride, stride, &p, row, panel, 2); break;
-        case 1: tile(g, a + (row - begin) * stride, stride, &p, row, panel, 1); break;
+        for (int64_t row = begin, rows; row < end; row += rows) {
+            const uint8_t *x = a + (row - begin) * stride;
+            rows = end - row >= ROWS ? ROWS : end - row > 4 ? 4 : end - row;
+            switch (rows) {
+            case 1: tile(g, x, stride, &p, row, panel, 1); break;
+            case 2: tile(g, x, stride, &p, row, panel, 2); break;
+            case 3: tile(g, x, stride, &p, row, panel, 3); break;
+            case 4: tile(g, x, stride, &p, row, panel, 4); break;
+            default: tile(g, x, stride, &p, row, panel, ROWS);
+            }
         }
     }
 }
