@@ -21,11 +21,41 @@ class BatchReport:
     post_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of a decoder engine. `form` of the weights; `prompt_tokens` of it were pieces of prompts, `looked_up` entered with newly
+    admitted prompts, of which the prefix cache had `hits`. `first_token_s`: from arrival, `inter_token_s`: since the token before.
+    """
+
+    model: str
+    version: str
+    form: str
+    run_s: float
+    post_s: float
+    tokens: int
+    prompt_tokens: int
+    generated: int
+    finished: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages: int
+    preempted: int
+    looked_up: int
+    hits: int
+    queue_waits_s: Sequence[float]
+    first_token_s: Sequence[float]
+    inter_token_s: Sequence[float]
+
+
 class Observer(Protocol):
     """Called from engine threads and from the event loop, at once: implementations are thread-safe, quick, and never raise."""
 
     def batch_done(self, batch: BatchReport) -> None:
         """After the rows of a batch were handed to the event loop."""
+
+    def step_done(self, step: StepReport) -> None:
+        """After the tokens of a decoder's step were handed to the event loop."""
 
     def rejected(self, model: str, reason: str) -> None:
         """A call was refused at the door; `reason` is its error's."""
@@ -44,6 +74,9 @@ class NullObserver:
     """Reports to nobody."""
 
     def batch_done(self, batch: BatchReport) -> None:
+        pass
+
+    def step_done(self, step: StepReport) -> None:
         pass
 
     def rejected(self, model: str, reason: str) -> None:

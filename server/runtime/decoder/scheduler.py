@@ -18,7 +18,7 @@ import numpy as np
 from server.runtime.decoder.pace import Pace
 from server.runtime.decoder.pages import PagePool
 from server.runtime.decoder.prefix import Match, PrefixCache
-from server.runtime.decoder.sequence import NO_DEADLINE, Candidate
+from server.runtime.decoder.sequence import NO_DEADLINE, Candidate, Flight
 
 _KEY = attrgetter("key")
 _MOST_DEFERRED = 64  # candidates a step whose beginning is compared with those that run
@@ -91,6 +91,15 @@ class Scheduler:
         self._slots = list(range(max_sequences - 1, -1, -1))
         self._soonest = NO_DEADLINE
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.running and not self.waiting
+
+    def flights(self) -> list[Flight]:
+        """All jobs that have a candidate here, each once."""
+        return list({id(c.flight): c.flight for c in [*self.running, *self.waiting]}.values())
+
     def add(self, candidate: Candidate) -> None:
         """Puts a candidate among those that wait."""
         self._soonest = min(self._soonest, candidate.flight.deadline)
@@ -130,7 +139,7 @@ class Scheduler:
                 self._keep(candidate)
 
     def fork(self, parent: Candidate) -> None:
-        """The prompt was run, and the forks have a token each: they go on from the parent's pages, or wait where there is none to copy to."""
+        """The prompt was run, and the forks have a token each: they go on from the parent's pages, or wait where none is left to copy to."""
         whole, rest = divmod(parent.base + parent.prompt, self._page)
         children, parent.forks = parent.forks, []
         for child in children:
@@ -364,6 +373,8 @@ class Scheduler:
         candidate.forks = []
 
     def _keep(self, candidate: Candidate) -> None:
+        if candidate.adapter_slot >= 0 and candidate.flight.gone:
+            return  # its caller has let the adapter go: the slot may have been written to while the last step ran
         self.cache.insert(candidate.stored, candidate.ids, candidate.base, candidate.pages, candidate.computed, candidate.pure)
 
     def _release(self, candidate: Candidate) -> None:

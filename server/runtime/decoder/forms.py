@@ -1,0 +1,67 @@
+"""Which form of the weights runs a step: the one for narrow steps below a crossover that is measured when the model is loaded.
+
+A step with a seeded row runs by the wide form, whatever its width: so such a row never changes its form. Splitting the step in two would
+read the weights twice, and a few rows more cost the wide form next to nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from server.runtime.decoder.pace import Pace
+from server.runtime.decoder.step import StepRunner
+
+_WIDE = ("int8", "float32", "int4")  # the first that the model has
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_RUNS = 3
+_LONGEST_S = 2.0  # spent on measuring at most, beyond the first sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """Steps of fewer than `crossover` tokens run by `narrow`, all others by `wide`."""
+
+    narrow: str
+    wide: str
+    crossover: int = 0
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> Forms:
+        """The forms of a model, before anything was measured: all steps run by the wide one."""
+        wide = next(name for name in _WIDE if name in names)
+        return cls("int4" if "int4" in names else wide, wide)
+
+    def choose(self, tokens: int, *, seeded: bool) -> str:
+        """The form for a step of so many tokens; `seeded`: a row of it must stay with the wide form."""
+        return self.narrow if tokens < self.crossover and not seeded else self.wide
+
+
+def measure(forms: Forms, runner: StepRunner, pace: Pace) -> Forms:
+    """Finds the crossover by running both forms at growing sizes, and tells `pace` what steps take. Blocks for a second or two."""
+    began = time.monotonic()
+    limit = min(runner.limits.sequences, runner.pool.shape[1])
+    crossover = 0
+    for size in [size for size in _SIZES if size <= limit]:
+        wide = _seconds(runner, forms.wide, size, 1)
+        narrow = wide if forms.narrow == forms.wide else _seconds(runner, forms.narrow, size, 1)
+        pace.record(size, 0, min(wide, narrow))
+        if narrow < wide:
+            crossover = size + 1
+        elif size > 2 * crossover or time.monotonic() - began > _LONGEST_S:
+            break
+    for tokens in (16, 64):
+        if tokens <= min(runner.limits.tokens, runner.limits.positions - 1) and tokens <= limit * 16:
+            pace.record(0, tokens, _seconds(runner, forms.wide, 1, tokens))
+    return Forms(forms.narrow, forms.wide, crossover)
+
+
+def _seconds(runner: StepRunner, form: str, rows: int, tokens: int) -> float:
+    """The least of a few runs: what others do on the machine only ever adds."""
+    times = []
+    for _ in range(_RUNS):
+        began = time.perf_counter()
+        runner.probe(form, rows, tokens)
+        times.append(time.perf_counter() - began)
+    return min(times)
