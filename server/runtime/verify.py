@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 # Everything that a version may hold; ONNX keeps the data of large models in files of the last two kinds.
-SUFFIXES = (".onnx", ".safetensors", ".json", ".txt", ".onnx_data", ".onnx.data")
+SUFFIXES = (".onnx", ".safetensors", ".json", ".txt", ".jinja", ".onnx_data", ".onnx.data")
 MAX_FILES = 64
 _MAX_MANIFEST = 1 << 20
 _MAX_JSON = 128 << 20

@@ -298,19 +298,11 @@ class _Growing:
         return Confidence(self._logprob / count, self._entropy / count, self._margin / count)
 
 
-MOST_ANSWERS = 16
 MOST_TOOLS = 128
 
 
 def _check_counts(request: GenerateRequest) -> None:
-    """Raises InvalidArgument for numbers of answers, lengths and tools that cannot be, or contradict each other."""
-    for value, field in ((request.n, "sampling.n"), (request.best_of, "sampling.best_of")):
-        if not 0 <= value <= MOST_ANSWERS:
-            message = f"{field} is {value}; expected 1 to {MOST_ANSWERS}, or 0 for the default."
-            raise InvalidArgument(message, field=field, limit=MOST_ANSWERS)
-    if request.best_of and request.best_of < request.n:
-        message = f"sampling.best_of is {request.best_of} and sampling.n {request.n}; expected best_of >= n."
-        raise InvalidArgument(message, field="sampling.best_of", limit=request.n)
+    """Raises InvalidArgument for lengths and tools that cannot be."""
     if request.max_tokens < 0:
         message = f"sampling.max_tokens is {request.max_tokens}; expected 0 (what fits) or more."
         raise InvalidArgument(message, field="sampling.max_tokens", limit=0)
