@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from server.core import FloatArray
 from server.runtime.graphs.decoder.checkpoint import Product
@@ -124,7 +125,7 @@ class Rows:
         return h
 
     @staticmethod
-    def error(got: FloatArray, want: FloatArray) -> float:
+    def error(got: npt.NDArray[np.floating], want: FloatArray) -> float:
         """Mean over rows of ||got - want||^2 / ||want||^2, and a share of the worst; those below the median count as of its size."""
         power = np.square(want, dtype=np.float64).sum(axis=1)
         each = np.square(got - want, dtype=np.float64).sum(axis=1) / np.maximum(power, max(float(np.median(power)), 1e-30))
@@ -153,8 +154,7 @@ def quantize_int8(rows: Rows, weights: Weights, effort: Effort, keep: Keep) -> C
 
 def _importance(rows: Rows, smooth: FloatArray) -> FloatArray:
     """Mean squares of the smoothed inputs."""
-    square: FloatArray = rows.square / np.square(smooth)
-    return square
+    return np.asarray(rows.square / np.square(smooth), np.float32)
 
 
 def _static(rows: Rows, smoothed: FloatArray, smooth: FloatArray, weight: FloatArray) -> StaticRows:
@@ -178,7 +178,7 @@ def _finish(
         scaled = weights.columns(start, end) * smooth[:, None]
         values, scale[start:end] = round_weights(scaled, importance, clips)
         q[:, start:end] = values if upper is None else compensated_by(scaled, scale[start:end], upper)
-    got: FloatArray = rounded @ (q[:, picked] * scale[picked])
+    got = np.asarray(rounded @ (q[:, picked] * scale[picked]), np.float32)
     scales = static or StaticRows(1.0, 128)
     product = Int8(
         row=static is None,

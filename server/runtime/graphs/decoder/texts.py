@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ _JOINED = 6
 MAX_TOKENS_A_TEXT = 256
 
 
-def encode(folder: Path, texts: Sequence[str] | None, config: DecoderConfig, budget: int) -> tuple[Sequences, Sequences]:
-    """Tokens to calibrate on, at most `budget`, and a quarter as many that are held out, by `folder/tokenizer.json`.
+def encode(folder: Path, texts: Sequence[str] | None, config: DecoderConfig) -> list[list[int]]:
+    """Tokens of `texts`, by default our own, by `folder/tokenizer.json`.
 
     Raises:
         InvalidArgument: fewer than 16 texts.
@@ -37,13 +37,18 @@ def encode(folder: Path, texts: Sequence[str] | None, config: DecoderConfig, bud
     tokenizer = open_tokenizer(folder / "tokenizer.json")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max(1, min(config.positions, MAX_TOKENS_A_TEXT)))
-    encoded = [one.ids for one in tokenizer.encode_batch(list(texts)) if one.ids]
+    encoded = [list(one.ids) for one in tokenizer.encode_batch(list(texts)) if one.ids]
     highest = max((max(ids) for ids in encoded), default=-1)
     if not 0 <= highest < config.vocabulary:
         raise ModelRejected(
             f"tokenizer.json makes token {highest}, but the model has {config.vocabulary}; take the one that belongs to these weights.",
             field="tokenizer.json",
         )
+    return encoded
+
+
+def split(encoded: Sequence[Sequence[int]], budget: int) -> tuple[Sequences, Sequences]:
+    """At most `budget` tokens to calibrate on, and a quarter as many that are held out."""
     used = [ids for i, ids in enumerate(encoded) if i % HELD_OUT]
     held = [ids for i, ids in enumerate(encoded) if not i % HELD_OUT]
     return Sequences.of(_bounded(used, budget)), Sequences.of(_bounded(held, max(budget // 4, 256)))
@@ -67,8 +72,7 @@ def open_tokenizer(path: Path) -> Any:
         ) from None
 
 
-def _bounded(encoded: list[list[int]], budget: int) -> list[list[int]]:
+def _bounded(encoded: list[Sequence[int]], budget: int) -> list[Sequence[int]]:
     """As many sequences as fit `budget` tokens, spread over the whole list."""
     step = max(1.0, sum(map(len, encoded)) / budget)
-    chosen: Iterable[list[int]] = (encoded[int(i * step)] for i in range(max(1, int(len(encoded) / step))))
-    return list(chosen)
+    return [encoded[int(i * step)] for i in range(max(1, int(len(encoded) / step)))]
