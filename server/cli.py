@@ -14,6 +14,7 @@ from server.errors import UnderstudyError
 # Command groups that live in modules of their own, imported when they are named: (module, attribute, help).
 _LAZY = {
     "models": ("server.commands.models", "app", "The model repository: pull, add, export, list, verify, remove, bench."),
+    "adapters": ("server.commands.adapters", "app", "Adapters of the models: add, list, verify, remove."),
     "train": ("server.commands.train", "app", "Train a skill's student from what the lake holds."),
 }
 

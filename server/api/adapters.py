@@ -8,9 +8,8 @@ import re
 from server.api.paging import page_token, read_page, seconds
 from server.api.wire import Context
 from server.errors import InvalidArgument, UnderstudyError
-from server.runtime.lora.convert import ADAPTERS
 from server.runtime.lora.folder import AdapterManifest
-from server.runtime.lora.repository import AdapterEntry, entries
+from server.runtime.lora.repository import ADAPTERS, AdapterEntry, entries
 from server.runtime.lora.store import AdapterStatus
 from server.runtime.runtime import Runtime
 from understudy.v1 import adapter_pb2

@@ -5,7 +5,8 @@ Run belongs to server/api/run.py, Generate and GenerateText to generate.py, Tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from server.api import calls, convert
@@ -17,6 +18,7 @@ from server.api.wire import Context
 from server.core import Results, Task
 from server.errors import InvalidArgument, RequestTooLarge
 from server.metrics import Metrics
+from server.runtime.encoder import EncoderModel
 from server.runtime.runtime import Runtime
 from server.runtime.tasks.zero_shot import DEFAULT_TEMPLATE
 from understudy.v1 import inference_pb2 as items
@@ -70,7 +72,7 @@ class InferenceServicer:
         pooling = _choice(request.pooling, _POOLING, "pooling")
         kind = _choice(request.input_type, _KINDS, "input_type") or ""
         call = _call(request)
-        with self._use(request.model, Task.FEATURE_EXTRACTION) as model:
+        async with self._use(request, Task.FEATURE_EXTRACTION) as model:
             results = await model.embed(
                 request.texts,
                 call=call,
@@ -92,7 +94,7 @@ class InferenceServicer:
             results = await self._zero_shot(request, call, top_k)
         else:
             pairs = [(one.text, one.text_pair) if one.text_pair else one.text for one in request.inputs]
-            with self._use(request.model, Task.TEXT_CLASSIFICATION) as model:
+            async with self._use(request, Task.TEXT_CLASSIFICATION) as model:
                 results = await model.classify(pairs, call=call, top_k=top_k, truncate=request.truncate)
         calls.current().note(results)
         return pb.ClassifyResponse(results=_listed(results, items.ClassifyResult, "labels", convert.label), **convert.tail(results))
@@ -110,7 +112,7 @@ class InferenceServicer:
                 "candidate labels take the place of the second text; expected no text_pair. Leave one of them out.",
                 field=f"inputs[{paired}].text_pair",
             )
-        with self._use(request.model, Task.ZERO_SHOT_CLASSIFICATION) as model:
+        async with self._use(request, Task.ZERO_SHOT_CLASSIFICATION) as model:
             results: Results[Any] = await model.classify_zero_shot(
                 [one.text for one in request.inputs],
                 request.candidate_labels,
@@ -127,7 +129,7 @@ class InferenceServicer:
         self._check(request.documents, "documents")
         top_n = _count(request.top_n, "top_n")
         call = _call(request)
-        with self._use(request.model, Task.TEXT_RANKING) as model:
+        async with self._use(request, Task.TEXT_RANKING) as model:
             results = await model.rerank(request.query, request.documents, call=call, top_n=top_n, truncate=request.truncate)
         calls.current().note(results)
         ranked = []
@@ -144,7 +146,7 @@ class InferenceServicer:
         self._check(request.texts, "texts")
         aggregation = _choice(request.aggregation_strategy, _AGGREGATION, "aggregation_strategy") or "simple"
         call = _call(request)
-        with self._use(request.model, Task.TOKEN_CLASSIFICATION) as model:
+        async with self._use(request, Task.TOKEN_CLASSIFICATION) as model:
             results = await model.extract_entities(request.texts, call=call, aggregation=aggregation, truncate=request.truncate)
         calls.current().note(results)
         found = _listed(results, items.ExtractEntitiesResult, "entities", convert.entity)
@@ -158,7 +160,7 @@ class InferenceServicer:
         stride = _count(request.doc_stride, "doc_stride") or None
         call = _call(request)
         pairs = [(one.question, one.context) for one in request.inputs]
-        with self._use(request.model, Task.QUESTION_ANSWERING) as model:
+        async with self._use(request, Task.QUESTION_ANSWERING) as model:
             results = await model.answer(
                 pairs, call=call, top_k=top_k, max_answer_tokens=most, doc_stride=stride, allow_no_answer=request.allow_no_answer
             )
@@ -166,10 +168,20 @@ class InferenceServicer:
         found = _listed(results, items.AnswerQuestionResult, "answers", convert.answer, cut=False)
         return pb.AnswerQuestionResponse(results=found, **convert.tail(results))
 
-    def _use(self, selector: Any, task: Task) -> Any:
-        """Holds the model that the request names or, without a name, the task's own."""
-        name, version = self._selection.pick(selector, task)
-        return self._runtime.use(name, task, version)
+    @asynccontextmanager
+    async def _use(self, request: Any, task: Task) -> AsyncIterator[EncoderModel]:
+        """Holds the model that the request names, or the task's own, and its adapter where one is named."""
+        name, version = self._selection.pick(request.model, task)
+        with self._runtime.use(name, task, version) as model:
+            if not request.adapter:
+                yield model
+                return
+            with self._runtime.use_adapters(name, version) as adapters:
+                use = await adapters.acquire(request.adapter)
+                try:
+                    yield model.adapted(use)
+                finally:
+                    use.release()
 
     def _check(self, values: Sequence[Any], field: str) -> None:
         if not values:

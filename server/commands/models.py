@@ -9,10 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from server.commands.shared import JsonOption, ModelsOption
+from server.commands.shared import new_table as _table
+from server.commands.shared import open_repository as _repository
+from server.commands.shared import show as _print
 from server.core import Task
 from server.errors import AlreadyExists, InvalidArgument, ModelRejected, UnderstudyError
 
@@ -21,12 +25,10 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from server.runtime.pull import Graph, PullOptions
-    from server.runtime.repository import ModelFiles, Repository
+    from server.runtime.repository import ModelFiles
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="The model repository.")
 
-ModelsOption = Annotated[Path | None, typer.Option("--models", help="The repository; else models.path of the configuration.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 NameOption = Annotated[str | None, typer.Option(help="Name in the repository; else from the source.")]
 TaskOption = Annotated[str | None, typer.Option(help=f"One of {', '.join(task.value for task in Task)}; else from the model's files.")]
 DtypeOption = Annotated[str, typer.Option(help="int8 or float32.")]
@@ -44,12 +46,15 @@ def pull(
     graph: GraphOption = "auto",
     pooling: Annotated[str | None, typer.Option(help="mean, cls or last; else from the model's files.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Texts, one a line, that int8 is fitted to; else general English.")] = None,
+    adapters: Annotated[bool, typer.Option("--adapters", help="An encoder with places for LoRA adapters; decoders have them.")] = False,
     models: ModelsOption = None,
 ) -> None:
     """Fetches a model, turns it into ONNX where it is not, and adds it as the next version."""
     from server.runtime.pull import pull as run
 
     options = _options(name, task, dtype, graph)
+    if adapters:
+        options["adapters"] = True
     if pooling is not None:
         options["fields"] = {"pooling": pooling}
     if calibration is not None:
@@ -208,13 +213,6 @@ def bench(
 _BENCH_COLUMNS = (("batch", 0), ("calls", 0), ("texts_per_s", 0), ("tokens_per_s", 0), ("p50_ms", 2), ("p95_ms", 2))
 
 
-def _repository(models: Path | None) -> Repository:
-    from server.config import load_config
-    from server.runtime.repository import Repository
-
-    return Repository(models if models is not None else Path(load_config().models.path))
-
-
 def _options(name: str | None, task: str | None, dtype: str, graph: str) -> PullOptions:
     if task is not None and task not in list(Task):
         known = ", ".join(one.value for one in Task)
@@ -246,24 +244,6 @@ def _say(files: ModelFiles) -> None:
     )
     if parity:
         typer.echo(f"Against the original: {parity}.")
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # whoever reads a pipe wants whole lines
-        console = Console(width=200)
-    console.print(table)
 
 
 class _Bars:

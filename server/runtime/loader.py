@@ -10,6 +10,10 @@ from server.core import Call, Task
 from server.errors import ModelRejected
 from server.runtime.encoder import EncoderModel
 from server.runtime.engine import Engine, GraphForm
+from server.runtime.lora.bank import AdapterBank
+from server.runtime.lora.repository import ADAPTERS
+from server.runtime.lora.session import AdaptedSession
+from server.runtime.lora.store import AdapterSet
 from server.runtime.observer import Observer
 from server.runtime.queue import QueueLimits
 from server.runtime.repository import ModelFiles
@@ -44,15 +48,27 @@ def make_loader(config: RuntimeConfig, observer: Observer, generation: Generatio
         if files.manifest.form == "seq2seq":
             return await _load_seq2seq(files, sessions, settings, observer)
         session = await in_thread(lambda: sessions.open(files.model))
-        model = LoadedModel(session)
+        bank = await in_thread(lambda: _bank(files, generation))
+        model = LoadedModel(session if bank is None else AdaptedSession(session, bank))
         try:
             await model.build(files, in_thread, settings, observer)
+            if bank is not None:
+                model.adapters = AdapterSet(files.manifest, files.folder.parents[1] / ADAPTERS, bank)
+                await model.adapters.start()
         except BaseException:
             await model.close(drain=False)
             raise
         return model
 
     return load
+
+
+def _bank(files: ModelFiles, config: GenerationConfig | None) -> AdapterBank | None:
+    """The adapters' bank of an encoder whose graph takes them; [generation] says how many fit into one, whatever the model does."""
+    layout = files.manifest.lora
+    if layout is None:
+        return None
+    return AdapterBank(layout, *((config.adapter_slots, config.adapter_rank) if config is not None else (8, 16)))
 
 
 async def _load_decoder(
@@ -92,10 +108,11 @@ class LoadedSeq2Seq:
 class LoadedModel:
     """One version in memory: its session, and the engines that share it."""
 
-    generator = seq2seq = adapters = None
+    generator = seq2seq = None
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.adapters: AdapterSet | None = None
         self._engine: Engine | None = None
         self._tensors: TensorEngine | None = None
         self.encoder: EncoderModel | None = None
@@ -132,10 +149,12 @@ class LoadedModel:
 
     async def close(self, drain: bool) -> None:
         """Finishes accepted work if `drain`, stops the threads, drops the session and gives its memory back."""
+        if self.adapters is not None:
+            await self.adapters.close()
         if self._engine is not None:
             await self._engine.close(drain=drain)
         if self._tensors is not None:
             await self._tensors.close(drain=drain)
         self._session.close()
-        self.encoder = self._engine = self._tensors = None
+        self.encoder = self.adapters = self._engine = self._tensors = None
         await asyncio.to_thread(release_memory)

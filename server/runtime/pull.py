@@ -40,6 +40,7 @@ class PullOptions(TypedDict, total=False):
     """`dtype`: "int8" or "float32". `graph`: see the module. `fields` win over what the files say, by the manifest's keys.
 
     `calibration`: texts that the int8 form is fitted to, instead of the general ones. `endpoint`: of the hub, default HF_ENDPOINT.
+    `adapters`: the graph of an encoder gets places for LoRA adapters (those of decoders always have them).
     """
 
     name: str | None
@@ -49,6 +50,7 @@ class PullOptions(TypedDict, total=False):
     fields: Mapping[str, Any]
     calibration: list[str] | None
     endpoint: str | None
+    adapters: bool
 
 
 class _Origin(Protocol):
@@ -158,7 +160,10 @@ def _prepare(origin: _Origin, staged: Path, watch: Progress, options: PullOption
         message = f"{origin.id} has no config.json, which says what its model is. Add one, or use --task tensor."
         raise ModelRejected(message, file="config.json")
     description = describe(origin.path, task)
-    plan = make_plan(origin.files, description, options.get("dtype", "int8"), options.get("graph", "auto"))
+    graph = options.get("graph", "auto")
+    if graph == "auto" and options.get("adapters", False):
+        graph = "own"  # no other has places for adapters
+    plan = make_plan(origin.files, description, options.get("dtype", "int8"), graph)
     for note in description.notes:
         watch.note(note)
     fields = description.fields
@@ -311,6 +316,7 @@ def _build(origin: _Origin, staged: Path, description: Description, watch: Progr
             form="int8" if options.get("dtype", "int8") == "int8" else "float32",
             calibration=options.get("calibration"),
             progress=watch.stage,
+            adapters=options.get("adapters", False),
         )
     return dict(built.manifest)
 

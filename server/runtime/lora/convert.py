@@ -10,11 +10,11 @@ from server.runtime.hub import is_hub_id
 from server.runtime.lora.folder import AdapterManifest, spec_of, write_adapter
 from server.runtime.lora.layout import base_of
 from server.runtime.lora.peft import PeftAdapter, read_peft
+from server.runtime.lora.repository import ADAPTERS as ADAPTERS
 from server.runtime.lora.repository import next_version
 from server.runtime.manifest import Manifest
 from server.runtime.verify import check_name
 
-ADAPTERS = "adapters"  # the folder of the model repository that holds them
 _RETRIES = 20
 
 

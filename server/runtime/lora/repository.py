@@ -13,6 +13,7 @@ from server.runtime.adapter_folder import version_numbers
 from server.runtime.lora.folder import AdapterManifest, read_adapter_manifest
 from server.runtime.verify import check_name, check_version
 
+ADAPTERS = "adapters"  # the folder of the model repository that holds them
 _MARK = ".highest"  # the highest version that an adapter ever had: numbers are not used twice
 
 
