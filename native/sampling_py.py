@@ -25,7 +25,7 @@ Int32 = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint32]
 
 TOP_MOST = 20
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW = float(np.float32(1e-5))
 
 
 class SamplingLike(Protocol):
