@@ -34,7 +34,7 @@ INLINE void multiply(const tile_at *t, int rows) {
         for (int r = 0; r < rows; r++) {
             const vf x = vset(a[r * t->stride + k]);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) acc[r][v] += x * w[v];
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = vfma(x, w[v], acc[r][v]);
         }
     }
 #pragma GCC unroll 12

@@ -35,7 +35,7 @@ INLINE void add_products(vf acc[TOKENS][RANKS], const us_lora *l, int64_t at, co
     for (int t = 0; t < tokens; t++) {
         const vf v = vload_n(x[t] + k, n);
 #pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) acc[t][r] += v * a[r];
+        for (int r = 0; r < ranks; r++) acc[t][r] = vfma(v, a[r], acc[t][r]);
     }
 }
 
@@ -121,14 +121,15 @@ INLINE void combine(const up_tile *u, int64_t n, int tokens, int bfloat16) {
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; t++) {
             const vf h = vset(u->hidden[t][r]);
-            acc[t][0] += h * b0;
-            acc[t][1] += h * b1;
+            acc[t][0] = vfma(h, b0, acc[t][0]);
+            acc[t][1] = vfma(h, b1, acc[t][1]);
         }
     }
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; t++) {
-        vstore_n(u->y[t], vload_n(u->y[t], n0) + acc[t][0] * u->inverse[t], n0);
-        if (n1) vstore_n(u->y[t] + VW, vload_n(u->y[t] + VW, n1) + acc[t][1] * u->inverse[t], n1);
+        const vf inverse = vset(u->inverse[t]);
+        vstore_n(u->y[t], vfma(acc[t][0], inverse, vload_n(u->y[t], n0)), n0);
+        if (n1) vstore_n(u->y[t] + VW, vfma(acc[t][1], inverse, vload_n(u->y[t] + VW, n1)), n1);
     }
 }
 

@@ -61,6 +61,18 @@ INLINE vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 INLINE vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
 #endif
 
+/* a * b + c, fused wherever the processor can, and never by the compiler's choice: sums that must not differ by a bit between two loops. */
+#if defined(__AVX512F__) && !defined(US_VW)
+INLINE vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(US_VW)
+INLINE vf vfma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__ARM_NEON) && !defined(US_VW)
+#include <arm_neon.h>
+INLINE vf vfma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+
 INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 /* Lanes are summed pairwise, halves first: the order never depends on anything but VW. */

@@ -63,11 +63,11 @@ def quantize_blocks(a: Floats, block: int) -> NDArray[np.float64]:
     """Activations [T, K] as Int4Gemm takes them: rounded to s8 a row and block, the largest of each becoming 127."""
     tokens, depth = a.shape
     padded = np.zeros((tokens, -(-depth // block), block), np.float32)
-    padded.reshape(tokens, -1)[:, :depth] = a
+    padded.reshape(tokens, padded.shape[1] * block)[:, :depth] = a
     peak = np.abs(padded).max(axis=2, keepdims=True)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
     q = np.rint(padded * inverse).astype(np.float64)
-    return np.asarray((q * (peak / np.float32(127))).reshape(tokens, -1)[:, :depth])
+    return np.asarray((q * (peak / np.float32(127))).reshape(tokens, padded.shape[1] * block)[:, :depth])
 
 
 def float_gemm(a: Floats, b: Floats) -> NDArray[np.float64]:

@@ -14,6 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 FLAGS = ["-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-DUS_ISA=base", "-DUS_HAVE_BASE"]
+PARTS = [
+    *("attention", "gemm", "gemm_float", "gemm_int4", "lora", "rows", "decoder_rows", "paged"),
+    *("drivers", "drivers_decoder", "drivers_products", "library"),
+]
 WIDTHS = {
     "4 lanes": ["-DUS_VW=4"],
     "8 lanes": ["-march=x86-64-v3"] if platform.machine() == "x86_64" else ["-DUS_VW=8"],
@@ -25,7 +29,7 @@ def build(name: str, sources: list[Path], flags: list[str]) -> Path:
     """Compiles `sources` with the kernels into build/sanitize/<name>."""
     target = ROOT / "build" / "sanitize" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    kernels = [ROOT / "native" / "kernels" / part for part in ("attention.c", "gemm.c", "gemm_float.c", "gemm_int4.c", "lora.c", "rows.c", "drivers.c", "decoder_rows.c", "paged.c", "drivers_decoder.c", "drivers_products.c", "library.c")]
+    kernels = [ROOT / "native" / "kernels" / f"{part}.c" for part in PARTS]
     command = [os.environ.get("CC", "cc"), *FLAGS, *flags, *map(str, [*sources, *kernels]), "-o", str(target), "-lm", "-lpthread"]
     subprocess.run(command, check=True)
     return target
