@@ -15,6 +15,7 @@ from server.runtime.decoder.step import StepRunner
 
 _WIDE = ("int8", "float32", "int4")  # the first that the model has
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_SIZES_OF_ONE = (1, 8, 32)  # where there is nothing to choose, for the pace alone
 _RUNS = 3
 _LONGEST_S = 2.0  # spent on measuring at most, beyond the first sizes
 
@@ -43,10 +44,13 @@ def measure(forms: Forms, runner: StepRunner, pace: Pace) -> Forms:
     began = time.monotonic()
     limit = min(runner.limits.sequences, runner.pool.shape[1])
     crossover = 0
-    for size in [size for size in _SIZES if size <= limit]:
+    one = forms.narrow == forms.wide
+    for size in [size for size in (_SIZES_OF_ONE if one else _SIZES) if size <= limit]:
         wide = _seconds(runner, forms.wide, size, 1)
-        narrow = wide if forms.narrow == forms.wide else _seconds(runner, forms.narrow, size, 1)
+        narrow = wide if one else _seconds(runner, forms.narrow, size, 1)
         pace.record(size, 0, min(wide, narrow))
+        if one:
+            continue
         if narrow < wide:
             crossover = size + 1
         elif size > 2 * crossover or time.monotonic() - began > _LONGEST_S:
