@@ -117,8 +117,11 @@ def _check_meaning(manifest: Manifest, where: str) -> None:
         if not name.endswith(SUFFIXES):
             kinds = ", ".join(SUFFIXES)
             raise wrong("files", f"it lists {name!r}; only {kinds} files are read. Convert it, e.g. pickled weights to safetensors.")
-    if MODEL not in files:
-        raise wrong("files", f"it lists no {MODEL}, the graph that is served. Add it with its SHA-256 and size.")
+    if (manifest.form == "seq2seq") != (manifest.seq2seq is not None):
+        raise wrong("seq2seq", "form 'seq2seq' and the part 'seq2seq' belong together; one is there without the other.")
+    for graph in (manifest.seq2seq.encoder, manifest.seq2seq.decoder) if manifest.seq2seq is not None else (MODEL,):
+        if graph not in files:
+            raise wrong("files", f"it lists no {graph}, the graph that is served. Add it with its SHA-256 and size.")
     if (manifest.form == "tensor") != (manifest.task is Task.TENSOR):
         raise wrong("form", f"form {manifest.form!r} and task {manifest.task.value!r} contradict; raw models have 'tensor' in both.")
     if manifest.form != "tensor":

@@ -49,11 +49,11 @@ class _Beam:
 class Search:
     """One text. Ask `edits`, run the graph for the beams of `newest`, tell `advance`; until it gives None, then read `answer`."""
 
-    def __init__(self, rules: Rules, start: int, source: Sequence[int], vocabulary: int) -> None:
+    def __init__(self, rules: Rules, source: Sequence[int], vocabulary: int) -> None:
         self.rules = rules
         self._vocabulary = vocabulary
         # All beams would be equal in the first step: one stands for them.
-        self._beams = [_Beam([start], 0.0)]
+        self._beams = [_Beam([rules.start], 0.0)]
         self._finished: list[tuple[float, list[int]]] = []
         self._edits: list[Ids] = []
         self._encoder_ngrams = _ngrams(source, rules.encoder_no_repeat_ngram_size) if rules.encoder_no_repeat_ngram_size else {}
@@ -110,7 +110,7 @@ class Search:
 
     def restart(self) -> None:
         """Forgets every step."""
-        self._beams = [_Beam([self._beams[0].tokens[0]], 0.0)]
+        self._beams = [_Beam([self.rules.start], 0.0)]
         self._finished = []
 
     def _continue(self, going: list[tuple[float, int, int]]) -> list[int]:

@@ -188,7 +188,7 @@ class Seq2SeqEngine:
                 )
             for index, source in enumerate(sources):
                 self._numbers += 1
-                search = Search(rules, self._spec.decoder_start_token_id, source.tolist(), self._spec.vocabulary)
+                search = Search(rules, source.tolist(), self._spec.vocabulary)
                 self._waiting.append(_Text(self._numbers, flight, index, source, rules, search))
             # The urgent first; among equals the order of arrival.
             self._waiting.sort(key=lambda text: (text.flight.call.priority, text.number))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.errors import ManifestInvalid
+from server.runtime.manifest import Seq2Seq
 
 MAX_BEAMS = 32
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
@@ -21,11 +22,12 @@ KEYS = frozenset((*_WHOLE, *_REAL, *_TOKENS, "early_stopping", "bad_words_ids", 
 class Rules:
     """Names and meanings as in transformers' GenerationConfig; lengths count the start token, as there.
 
-    `ends`: end tokens. `banned`: tokens that never come (bad words of one token, suppressed ones); `banned_phrases` longer bad words;
-    `banned_first` may not be the first token that is chosen. `forced_first`, `forced_last`: the token after the start, and at
-    `max_length`; () without.
+    `start`: the token that every answer begins with. `ends`: end tokens. `banned`: tokens that never come (bad words of one token,
+    suppressed ones); `banned_phrases`: longer bad words; `banned_first` may not be the first token that is chosen. `forced_first`,
+    `forced_last`: the token after the start, and at `max_length`; None and () without.
     """
 
+    start: int
     max_length: int
     ends: frozenset[int]
     num_beams: int = 1
@@ -55,23 +57,26 @@ class Rules:
         return not plain or bool(sizes) or self.repetition_penalty != 1.0
 
 
-def make_rules(generation: Mapping[str, Any], ends: frozenset[int], vocabulary: int, most_tokens: int) -> Rules:
-    """Rules from the manifest's `generation`; `most_tokens`: generated tokens that the model can take.
-
-    Raises ManifestInvalid (with `key`) for unknown keys, wrong types and values out of range.
-    """
+def make_rules(spec: Seq2Seq) -> Rules:
+    """Rules from the manifest; raises ManifestInvalid (with `key`) for unknown keys, wrong types and values out of range."""
+    generation, vocabulary, ends = spec.generation, spec.vocabulary, frozenset(spec.eos_token_ids)
+    if not ends or not all(0 <= token < vocabulary for token in (*ends, spec.decoder_start_token_id)):
+        raise ManifestInvalid(
+            "seq2seq: start and end tokens must be within the vocabulary. Export the model again.", key="seq2seq.eos_token_ids"
+        )
     unknown = sorted(set(generation) - KEYS)
     if unknown:
         raise _wrong(unknown[0], "is not one that is kept to here", f"expected some of {', '.join(sorted(KEYS))}")
     whole = {key: _whole(generation, key) for key in _WHOLE}
     stated = 1 + whole["max_new_tokens"] if whole["max_new_tokens"] else whole["max_length"]
-    limit = 1 + most_tokens
+    limit = 1 + spec.max_output_tokens
     banned, phrases = _bad_words(generation, ends, vocabulary)
     beams = whole["num_beams"] or 1
     if beams > MAX_BEAMS:
         raise _wrong("num_beams", f"is {beams}", f"expected at most {MAX_BEAMS}")
     forced = _tokens(generation, "forced_bos_token_id", vocabulary)
     return Rules(
+        start=spec.decoder_start_token_id,
         max_length=min(stated, limit) if stated > 1 else limit,
         ends=ends,
         num_beams=beams,
