@@ -25,7 +25,7 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call
 SCRIPT = ["Sure, ", "let me ", "look: ", CALL, "<|im_end|>"]
 ANSWER = "Sure, let me look: "
 # What "tell" is followed by: one token each, and no end.
-STORY = ["tell", " me", " a", " sto", "ry", " about", " Gr", "öße", "."]
+STORY = ["tell", " me", " a", " sto", "ry", " about", " Gr", "eta", "."]
 ADDED = [*SCRIPT[:4], *STORY]
 
 

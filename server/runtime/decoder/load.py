@@ -49,7 +49,7 @@ class DecoderSettings:
         """What the section [generation] says."""
         if config is None:
             return cls()
-        bounds = {one.name: getattr(config, one.name) for one in fields(GenerationSettings)}
+        bounds = {one.name: getattr(config, one.name) for one in fields(GenerationSettings) if hasattr(config, one.name)}
         return cls(GenerationSettings(**bounds), config.adapter_slots, config.adapter_rank)
 
 
