@@ -15,7 +15,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from server.errors import InvalidArgument
-from server.runtime.observer import BatchReport
+from server.runtime.observer import BatchReport, StepReport
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -40,6 +40,16 @@ NAMES = {
     "understudy_rejections_total": "Requests refused before they ran, by reason; model is empty where none was found yet.",
     "understudy_skips_total": "Sequences dropped while a batch was built: their caller had left, or their deadline had passed.",
     "understudy_run_failures_total": "Runs of a graph that failed, by reason.",
+    "understudy_generation_running": "Answers that run now.",
+    "understudy_generation_pages": "Pages of K and V that answers and stored prefixes hold.",
+    "understudy_generation_pages_capacity": "Pages of K and V that there are.",
+    "understudy_generation_prompt_tokens_total": "Prompt tokens of admitted requests: looked up in the prefix cache.",
+    "understudy_generation_prefix_hit_tokens_total": "Of them, those that the prefix cache had.",
+    "understudy_generation_tokens_total": "Tokens generated.",
+    "understudy_generation_preemptions_total": "Answers that were interrupted because pages were short, and go on later.",
+    "understudy_generation_step_seconds": "Time of one step of a decoder, by the form of its weights.",
+    "understudy_generation_first_token_seconds": "Time from a request's arrival to its first token.",
+    "understudy_generation_inter_token_seconds": "Time between two tokens of an answer.",
     "understudy_skill_items_total": "Items of skills, by who answered: local, provider, nobody.",
     "understudy_skill_cost_usd_total": "What providers cost, in US dollars, by skill.",
     "understudy_model_ready": "1 while a model version answers.",
@@ -88,6 +98,16 @@ class Metrics:
         self._skips = self._counter("understudy_skips_total", ("model", "reason"))
         self._ready = self._gauge("understudy_model_ready", _MODEL)
         self._run_failures = self._counter("understudy_run_failures_total", ("model", "reason"))
+        self._generation_running = self._gauge("understudy_generation_running", _MODEL)
+        self._generation_pages = self._gauge("understudy_generation_pages", _MODEL)
+        self._generation_pages_capacity = self._gauge("understudy_generation_pages_capacity", _MODEL)
+        self._generation_prompt = self._counter("understudy_generation_prompt_tokens_total", _MODEL)
+        self._generation_hits = self._counter("understudy_generation_prefix_hit_tokens_total", _MODEL)
+        self._generation_tokens = self._counter("understudy_generation_tokens_total", _MODEL)
+        self._generation_preemptions = self._counter("understudy_generation_preemptions_total", _MODEL)
+        self._generation_step = self._histogram("understudy_generation_step_seconds", (*_MODEL, "form"), _SECONDS)
+        self._generation_first = self._histogram("understudy_generation_first_token_seconds", _MODEL, _SECONDS)
+        self._generation_inter = self._histogram("understudy_generation_inter_token_seconds", _MODEL, _SECONDS)
         self._done: dict[tuple[str, str], tuple[int, int]] = {}  # sequences and batches; one engine thread writes an entry
         self._skill_items = self._counter("understudy_skill_items_total", ("skill", "answered_by"))
         self._skill_cost = self._counter("understudy_skill_cost_usd_total", ("skill",))
@@ -149,6 +169,35 @@ class Metrics:
             wait.observe(seconds)
         before = self._done.get(labels, (0, 0))
         self._done[labels] = (before[0] + batch.sequences, before[1] + 1)
+
+    def step_done(self, step: StepReport) -> None:
+        """A decoder has made a step."""
+        labels = (step.model, step.version)
+        child = self._child
+        child(self._generation_running, *labels).set(step.running)
+        child(self._generation_pages, *labels).set(step.pages_used)
+        child(self._generation_step, *labels, step.form).observe(step.run_s)
+        child(self._generation_tokens, *labels).inc(step.generated)
+        child(self._tokens, *labels).inc(step.tokens)
+        child(self._generation_pages_capacity, *labels).set(step.pages)
+        if step.looked_up:
+            child(self._generation_prompt, *labels).inc(step.looked_up)
+            child(self._generation_hits, *labels).inc(step.hits)
+        if step.preempted:
+            child(self._generation_preemptions, *labels).inc(step.preempted)
+        for metric, times in (
+            (self._queue_wait, step.queue_waits_s),
+            (self._generation_first, step.first_token_s),
+            (self._generation_inter, step.inter_token_s),
+        ):
+            if times:
+                observe = child(metric, *labels).observe
+                for seconds in times:
+                    observe(seconds)
+        if step.queue_waits_s:
+            self.queue_depth(step.model, step.waiting)
+        before = self._done.get(labels, (0, 0))
+        self._done[labels] = (before[0] + step.finished, before[1] + 1)
 
     def rejected(self, model: str, reason: str) -> None:
         """A request was refused before it ran."""
