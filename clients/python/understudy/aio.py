@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 import grpc
 
 from understudy import calls, convert, generation
+from understudy.adapters import AsyncAdapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
 from understudy.connection import call_metadata, channel_options, with_request_id
@@ -75,6 +76,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self.models = AsyncModels(self)
+        self.adapters = AsyncAdapters(self)
         self.skills = AsyncSkills(self)
 
     async def __aenter__(self) -> Self:

@@ -105,6 +105,12 @@ def _common(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bo
     return call, {"model": selector, "priority": priority}, options.pop("return_errors", False)
 
 
+def _encoder(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """As `_common`, with the adapter that encoders may be asked for."""
+    call, shared, return_errors = _common(options)
+    return call, {**shared, "adapter": options.pop("adapter", "")}, return_errors
+
+
 def _choice(name: str, value: str, known: Mapping[str, T]) -> T:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(repr(k) for k in known if k)}")
@@ -125,7 +131,7 @@ def _texts(value: Iterable[str]) -> list[str]:
 
 def embed(texts: Sequence[str], options: dict[str, Any]) -> Prepared[Results[Embedding]]:
     """InferenceService.Embed."""
-    call, shared, return_errors = _common(options)
+    call, shared, return_errors = _encoder(options)
     request = pb.EmbedRequest(
         texts=_texts(texts),
         truncate=options.pop("truncate", False),
@@ -141,7 +147,7 @@ def embed(texts: Sequence[str], options: dict[str, Any]) -> Prepared[Results[Emb
 
 def classify(inputs: Sequence[str | tuple[str, str]], options: dict[str, Any]) -> Prepared[Results[Classification]]:
     """InferenceService.Classify; an input is a text, or a text and its pair."""
-    call, shared, return_errors = _common(options)
+    call, shared, return_errors = _encoder(options)
     request = pb.ClassifyRequest(
         inputs=[
             items.ClassifyInput(text=one) if isinstance(one, str) else items.ClassifyInput(text=one[0], text_pair=one[1])
@@ -160,7 +166,7 @@ def classify(inputs: Sequence[str | tuple[str, str]], options: dict[str, Any]) -
 
 def rerank(query: str, documents: Sequence[str], options: dict[str, Any]) -> Prepared[Results[RankedDocument]]:
     """InferenceService.Rerank."""
-    call, shared, return_errors = _common(options)
+    call, shared, return_errors = _encoder(options)
     request = pb.RerankRequest(
         query=query,
         documents=_texts(documents),
@@ -175,7 +181,7 @@ def rerank(query: str, documents: Sequence[str], options: dict[str, Any]) -> Pre
 
 def extract_entities(texts: Sequence[str], options: dict[str, Any]) -> Prepared[Results[tuple[Entity, ...]]]:
     """InferenceService.ExtractEntities."""
-    call, shared, return_errors = _common(options)
+    call, shared, return_errors = _encoder(options)
     request = pb.ExtractEntitiesRequest(
         texts=_texts(texts),
         aggregation_strategy=_choice("aggregation", options.pop("aggregation", "simple"), _AGGREGATIONS),
@@ -188,7 +194,7 @@ def extract_entities(texts: Sequence[str], options: dict[str, Any]) -> Prepared[
 
 def answer_questions(pairs: Sequence[tuple[str, str]], options: dict[str, Any]) -> Prepared[Results[tuple[Answer, ...]]]:
     """InferenceService.AnswerQuestion; each pair is a question and its context."""
-    call, shared, return_errors = _common(options)
+    call, shared, return_errors = _encoder(options)
     request = pb.AnswerQuestionRequest(
         inputs=[items.QuestionInput(question=question, context=context) for question, context in pairs],
         top_k=options.pop("top_k", 0),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 import grpc
 
 from understudy import calls, convert, generation
+from understudy.adapters import Adapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
 from understudy.connection import call_metadata, channel_options, with_request_id
@@ -76,6 +77,7 @@ class Client:
         self._retry = retry or RetryPolicy()
         self._closed = threading.Event()
         self.models = Models(self)
+        self.adapters = Adapters(self)
         self.skills = Skills(self)
 
     def __enter__(self) -> Self:

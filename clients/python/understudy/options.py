@@ -31,7 +31,13 @@ class ModelOptions(CallOptions, total=False):
     return_errors: bool
 
 
-class EmbedOptions(ModelOptions, total=False):
+class EncoderOptions(ModelOptions, total=False):
+    """`adapter`: "name" or "name@version" of one that is loaded on the model; without it the model as it is."""
+
+    adapter: str
+
+
+class EmbedOptions(EncoderOptions, total=False):
     """`truncate`: cut texts to the model's limit. `normalize`, `pooling`: what the model was trained for without them.
 
     `dimensions`: shorter vectors, for models trained to be cut. `input_type`: for models that want a prefix.
@@ -44,7 +50,7 @@ class EmbedOptions(ModelOptions, total=False):
     input_type: Literal["query", "passage"]
 
 
-class ClassifyOptions(ModelOptions, total=False):
+class ClassifyOptions(EncoderOptions, total=False):
     """`top_k`: most classes for each text, 0 for all. `candidate_labels`: choose from these instead of the model's own (zero-shot);
 
     then `multi_label` scores each by itself, and `hypothesis_template` is the sentence that carries the label at "{}".
@@ -57,7 +63,7 @@ class ClassifyOptions(ModelOptions, total=False):
     hypothesis_template: str
 
 
-class RerankOptions(ModelOptions, total=False):
+class RerankOptions(EncoderOptions, total=False):
     """`top_n`: most documents to return, 0 for all. `return_documents`: their texts too."""
 
     top_n: int
@@ -65,14 +71,14 @@ class RerankOptions(ModelOptions, total=False):
     truncate: bool
 
 
-class EntityOptions(ModelOptions, total=False):
+class EntityOptions(EncoderOptions, total=False):
     """`aggregation`: how tokens become entities, "simple" without it. `truncate`: cut long texts instead of reading them in windows."""
 
     aggregation: Literal["none", "simple", "first", "average", "max"]
     truncate: bool
 
 
-class AnswerOptions(ModelOptions, total=False):
+class AnswerOptions(EncoderOptions, total=False):
     """`top_k`: most answers for each question, 1 without it. `max_answer_tokens`: 15 without it. `doc_stride`: tokens that windows share.
 
     `allow_no_answer`: an empty answer is one too.

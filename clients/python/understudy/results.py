@@ -187,6 +187,29 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A version of an adapter of `model`. `state`: "unloaded", "ready", "failed"; `kind`: "lora", "prefix", "prompt".
+
+    `rank` of a LoRA, `positions` that a prefix takes of the context. `resident`: in memory now; if not, the next request brings it in.
+    """
+
+    model: str
+    name: str
+    version: str
+    state: str
+    state_message: str
+    kind: str
+    rank: int
+    positions: int
+    current: bool
+    resident: bool
+    active_requests: int
+    base: str
+    license: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Skill:
     """A named job. `student_*` are empty while nothing local answers for it."""
 
