@@ -26,7 +26,7 @@ ONCE += [str(KERNELS / "sampling.c")]
 PER_ISA += [str(KERNELS / name) for name in ("gemm_float.c", "gemm_int4.c", "lora.c")]
 ONCE += [str(KERNELS / name) for name in ("drivers_products.c", "operators_products.c")]
 PER_ISA += [str(KERNELS / name) for name in ("decoder_rows.c", "paged.c")]
-ONCE += [str(KERNELS / name) for name in ("drivers_decoder.c", "operators_decoder.c")]
+ONCE += [str(KERNELS / name) for name in ("drivers_decoder.c", "operators_decoder.c", "pool.c")]
 # Each entry compiles PER_ISA once more under its own name; the library picks one by CPUID at load.
 ISA_FLAGS = {
     "x86_64": {
@@ -62,8 +62,10 @@ class BuildExt(build_ext):
         objects += self.compiler.compile(ONCE, output_dir=self.build_temp, extra_preargs=[*CFLAGS, *extra, *have], depends=ext.depends)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Linked by hand: Python's own link line would leave its build machine's paths in the library.
-        self.spawn([self.compiler.compiler_so[0], "-shared", *objects, "-o", str(target), "-lm", "-lpthread", *(extra or ["-Wl,-s"])])
+        # Linked by hand: Python's own link line would leave its build machine's paths in the library. ONNX Runtime unloads it with the
+        # last session, and the pool's threads would stand in nothing.
+        stay = ["-Wl,-z,nodelete"] if sys.platform == "linux" else []
+        self.spawn([self.compiler.compiler_so[0], "-shared", *objects, "-o", str(target), "-lm", "-lpthread", *stay, *(extra or ["-Wl,-s"])])
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libunderstudy_kernels"):
@@ -105,7 +107,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "products.h", "beam.h", "sampling.h"))],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "pool.h", "products.h", "beam.h", "sampling.h"))],
 )
 
 setup(

@@ -1,8 +1,8 @@
 /* The operators as ONNX Runtime sees them: reading of inputs, shape checks, the encoders' operators, and the registration. */
 #include "operators.h"
+#include "pool.h"
 
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -72,25 +72,12 @@ int us_fits(us_call *c, size_t index, const char *name, size_t rank, int64_t a, 
     return 0;
 }
 
-/* Operators that compute at this moment, over all sessions: about the number of runs. */
-static atomic_int computing;
-static atomic_int pool_threads;
-
-/* Sets how many threads the shared pool has; 0, as long as nobody says: not known, every operator may use all. */
-__attribute__((visibility("default"))) void us_share_threads(int threads) { atomic_store(&pool_threads, threads); }
-
-/* ParallelFor runs on the session's own pool; without one (a single thread) it runs in place. Runs that go on at the same time share the
-   threads: where each has one or none, splitting would only add waiting. */
+/* The shared pool, once somebody told its size; before, the session's own: without one (a single thread) that runs in place. */
 static void *run_in_session(void *pool, void (*task)(void *, size_t), size_t count, void *data) {
     const us_call *c = pool;
-    const int threads = atomic_load_explicit(&pool_threads, memory_order_relaxed);
-    const int runs = atomic_load_explicit(&computing, memory_order_relaxed);
-    const int share = threads > 0 && runs > 1 ? threads / runs : 0;
-    if (threads > 0 && runs > 1 && share < 2) {
-        for (size_t i = 0; i < count; i++) task(data, i);
-        return NULL;
-    }
-    return US_ORT(c->self->api, KernelContext_ParallelFor)(c->context, task, count, (size_t)share, data);
+    if (!us_pool_threads()) return US_ORT(c->self->api, KernelContext_ParallelFor)(c->context, task, count, 0, data);
+    us_pool_run(task, count, data);
+    return NULL;
 }
 
 us_quant us_quant_outputs(us_call *c, size_t mult, size_t first_output, int64_t rows, int64_t cols) {
@@ -175,9 +162,9 @@ OrtStatus *us_op_compute(void *state, OrtKernelContext *context) {
     for (size_t i = 0; i < inputs && i < present && !c.status; i++) read_input(&c, i);
     if (c.status) return c.status;
     const char *wrong = NULL;
-    atomic_fetch_add_explicit(&computing, 1, memory_order_relaxed);
+    us_pool_enter();
     wrong = c.self->op->compute(&c, &runner);
-    atomic_fetch_sub_explicit(&computing, 1, memory_order_relaxed);
+    us_pool_leave();
     us_keep(&c, runner.failure);
     if (wrong) us_keep(&c, us_refuse(c.self, wrong));
     return c.status;
