@@ -139,7 +139,7 @@ class Scheduler:
                 self._keep(candidate)
 
     def fork(self, parent: Candidate) -> None:
-        """The prompt was run, and the forks have a token each: they go on from the parent's pages, or wait where none is left to copy to."""
+        """The prompt was run, and the forks have a token each: they go on from the parent's pages, or wait for one to copy to."""
         whole, rest = divmod(parent.base + parent.prompt, self._page)
         children, parent.forks = parent.forks, []
         for child in children:

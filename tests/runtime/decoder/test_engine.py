@@ -14,7 +14,15 @@ import pytest
 
 from server.core import Call, FinishReason, Priority
 from server.errors import (
-    AdapterNotFound, Cancelled, DeadlineExceeded, Draining, InputTooLong, InternalError, InvalidArgument, OutOfMemory, Overloaded,
+    AdapterNotFound,
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    InputTooLong,
+    InternalError,
+    InvalidArgument,
+    OutOfMemory,
+    Overloaded,
     UnderstudyError,
 )  # fmt: skip
 from server.runtime.decoder.contract import AdapterUse, Job, Sampling
@@ -195,7 +203,7 @@ async def test_a_run_that_fails_ends_only_what_was_at_fault(model: Model, prompt
     async with opened(model, observer=steps) as engine:
         good = [engine.submit(greedy(prompt, 40)) for prompt in prompts[:4]]
         bad = engine.submit(greedy(prompts[5], 40, adapter=AdapterUse("broken@1", 99)))
-        with pytest.raises(UnderstudyError, match="slot|adapter"):
+        with pytest.raises(UnderstudyError, match=r"slot|adapter"):
             await text(bad)
         assert [await text(stream) for stream in good] == alone[:4]
         assert steps.failures
@@ -258,7 +266,9 @@ async def test_draining_finishes_and_stopping_tells(model: Model) -> None:
             await text(stream)
 
 
-async def test_stop_ids_stop_strings_and_errors_of_a_caller_end_one_answer(model: Model, prompts: list[list[int]], alone: list[list[int]]) -> None:
+async def test_stop_ids_stop_strings_and_errors_of_a_caller_end_one_answer(
+    model: Model, prompts: list[list[int]], alone: list[list[int]]
+) -> None:
     class Upto:
         """Text that holds a token back, and ends at one."""
 
@@ -322,7 +332,8 @@ async def test_urgent_answers_come_first(model: Model) -> None:
             await text(engine.submit(Job([3, len(name)], Sampling(temperature=0.0), tokens, Call(name, priority=priority))))
             order.append(name)
 
-        await asyncio.gather(read("bulk", Priority.BULK, 100), read("second", Priority.INTERACTIVE, 20), read("first", Priority.CRITICAL, 20))
+        bulk, second = read("bulk", Priority.BULK, 100), read("second", Priority.INTERACTIVE, 20)
+        await asyncio.gather(bulk, second, read("first", Priority.CRITICAL, 20))
         assert order == ["first", "second", "bulk"]
 
 
