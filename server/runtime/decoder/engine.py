@@ -255,15 +255,19 @@ class GenerationEngine:
                 # A mistake of ours or of an observer's: whoever was not answered yet hears of it, and the engine goes on.
                 log.exception("engine %s failed outside of a run", self.name)
                 self._fail_all(self._scheduler.flights(), InternalError(f"model {self.name!r} failed: {error}"))
-            self._delivery.send()
+            if self._scheduler.idle:
+                self._delivery.send()
         self._end(Draining(f"model {self.name!r} was stopped before this answer ended; send it again, to another replica if there is one"))
 
     def _step(self, plan: Plan) -> None:
         form = self._forms.choose(plan.tokens, seeded=any(c.seeded for c in plan.rows))
         draw = self._delivery.begin(plan)
+        self._runner.load(form, plan, draw.places)
+        # The event loop hears of the step before as this one lets go of the interpreter: else each would wait for the other.
+        self._delivery.send()
         began = time.monotonic()
         try:
-            logits = self._runner.run(form, plan, draw.places)
+            logits = self._runner.run()
         except Exception as error:
             self._delivery.abandon(draw)
             self._run_failed(plan, error)
@@ -277,7 +281,6 @@ class GenerationEngine:
             self._scheduler.finish(candidate)
         for flight in drawn.failed:
             self._remove(flight)
-        self._delivery.send()
         self._pace.record(plan.decoding, plan.tokens - plan.decoding, ran - began)
         self._report(plan, drawn, form, ran - began, time.monotonic() - ran)
 

@@ -103,9 +103,11 @@ class StepRunner:
         self._forms = {form: _Bound(session, inputs, self._logits) for form, session in sessions.items()}
         for bound in self._forms.values():
             bound.shape("extra_rows", (0, self.hidden))
+        self._loaded = next(iter(self._forms.values()))
+        self._wanted = 0
 
-    def run(self, form: str, plan: Plan, places: Sequence[int]) -> FloatArray:
-        """Runs a step; returns the logits float32[len(places), vocabulary] of the rows at `places`, valid until the next run."""
+    def load(self, form: str, plan: Plan, places: Sequence[int]) -> None:
+        """Fills the buffers for a step by this form, with logits of the rows at `places`."""
         rows, counts = plan.rows, plan.counts
         sequences = len(rows)
         self._fill_ids(plan)
@@ -119,7 +121,12 @@ class StepRunner:
             np.subtract(cu[1:][places], 1, out=ends[:wanted])
         width = self._fill_table(rows)
         self._fill_adapters(rows, counts, plan.tokens, decoding)
-        return self._run(form, plan.tokens, sequences, width, wanted)
+        self._shape(form, plan.tokens, sequences, width, wanted)
+
+    def run(self) -> FloatArray:
+        """Runs what was loaded; returns the logits float32[len(places), vocabulary], valid until the next run. The GIL is free meanwhile."""
+        self._loaded.binding.run()
+        return self._logits_rows[: self._wanted]
 
     def run_embeddings(self, form: str, pages: Sequence[int], rows: FloatArray) -> None:
         """Runs embeddings float32[n, hidden] in place of tokens, as one sequence from position 0, into its pages."""
@@ -135,7 +142,8 @@ class StepRunner:
                 self._cu[:2] = 0, count
                 self._past[0] = begin
                 self._logit_rows[0] = count - 1
-                self._run(form, count, 1, len(pages), 1)
+                self._shape(form, count, 1, len(pages), 1)
+                self.run()
         finally:
             bound.put("extra_rows", self._no_rows)
             bound.shape("extra_rows", (0, self.hidden))
@@ -149,14 +157,16 @@ class StepRunner:
         self._past[:rows] = 0
         self._table[: rows * each] = np.arange(rows * each) % len(self.pool[0])
         self._logit_rows[:rows] = self._cu[1 : rows + 1] - 1
-        self._run(form, total, rows, each, rows)
+        self._shape(form, total, rows, each, rows)
+        self.run()
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies a page in all layers."""
         self.pool[:, target] = self.pool[:, source]
 
-    def _run(self, form: str, tokens: int, sequences: int, width: int, wanted: int) -> FloatArray:
-        bound = self._forms[form]
+    def _shape(self, form: str, tokens: int, sequences: int, width: int, wanted: int) -> None:
+        bound = self._loaded = self._forms[form]
+        self._wanted = wanted
         bound.shape("input_ids", (tokens,))
         bound.shape("cu_seqlens", (sequences + 1,))
         bound.shape("past_lens", (sequences,))
@@ -168,8 +178,6 @@ class StepRunner:
         bound.shape("logit_rows", (asked,))
         bound.shape("adapter_ids", (tokens,))
         bound.shape("logits", (asked, self._vocabulary))
-        bound.binding.run()
-        return self._logits_rows[:wanted]
 
     def _fill_ids(self, plan: Plan) -> None:
         ids, decoding = self._ids, plan.decoding
