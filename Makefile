@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint format proto demo sanitize bench bench-serve wheel install clean
+.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -108,10 +108,13 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 # ---- measurements ------------------------------------------------------------------------------------------------
 
-bench: bench-serve  ## All measurements.
+bench: bench-serve bench-generate  ## All measurements.
 
 bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
+
+bench-generate: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures generation against llama.cpp, genai, transformers; ARGS="--only speed".
+	$(BIN)/python -m bench.generate $(ARGS)
 
 wheel: $(READY)  ## Builds the wheel into dist/.
 	rm -rf dist/*.whl

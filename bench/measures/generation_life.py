@@ -118,7 +118,7 @@ def prefix(rounds: int = 7) -> Row:
             warm_ms=round(median(warm), 1),
         )
     ]
-    copied = _sum(after, "pages_copied") - _sum(before, "pages_copied")
+    copied = _sum(after, "pages_copied_total") - _sum(before, "pages_copied")
     hits = _sum(after, "prefix_hit_tokens_total") - _sum(before, "prefix_hit_tokens_total")
     parts.append(part("pages copied", "0", copied, copied == 0 and hits >= rounds * 512, prompt_tokens_found=hits))
     return row_of("prefix", PREFIX, parts)
@@ -172,15 +172,15 @@ def _leaving(server: Server, model: Shape, port: int) -> dict[str, Any]:
         for call in calls:
             next(iter(call))
         before = metrics(port)
-        pages = _sum(before, "pages_used")
+        pages = _sum(before, "generation_pages")
         for call in calls[:4]:
             call.cancel()
         left = time.monotonic()
         steps_at_leaving = _sum(metrics(port), "generation_step_seconds_count")
-        while _sum(now := metrics(port), "sequences_running") > 4 and time.monotonic() - left < 10:
+        while _sum(now := metrics(port), "generation_running") > 4 and time.monotonic() - left < 10:
             pass
         steps = _sum(now, "generation_step_seconds_count") - steps_at_leaving
-        measured = {"steps": steps, "pages_before": pages, "pages_after": _sum(now, "pages_used")}
+        measured = {"steps": steps, "pages_before": pages, "pages_after": _sum(now, "generation_pages")}
     # The page is read over HTTP while the steps go on: the reading itself may see one step more.
     return part("steps until four that left are gone", "<= 2 (one, and one while the counts are read)", measured, steps <= 2)
 

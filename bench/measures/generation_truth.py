@@ -142,7 +142,7 @@ def correct() -> Row:
 def add_adapters(base: Shape, folders: dict[str, Path]) -> None:
     """Converts PEFT folders and puts them where a server of this repository finds them."""
     for name, folder in folders.items():
-        if (base.models.parent / f"{base.models.name}-adapters" / name).is_dir():
+        if (base.models / "adapters" / base.name / name).is_dir() or (base.models / "adapters" / name).is_dir():
             continue
         command = [sys.executable, "-m", "server.cli", "adapters", "add", str(folder), "--base", base.name, "--name", name]
         done = subprocess.run([*command, "--models", str(base.models)], cwd=ROOT, capture_output=True, text=True)
