@@ -9,8 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from server.commands.adapters import app
 from server.core import Task
+from server.errors import UnderstudyError
 from server.runtime.graphs.build import build
 from server.runtime.repository import Repository
 from tests.runtime.lora.models import peft_adapter
@@ -42,22 +45,20 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 
 def understudy(repository: Repository, *words: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "server.cli", "adapters", *words, "--models", str(repository.root)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """What `understudy adapters ...` prints, run in this process."""
+    done = CliRunner().invoke(app, [*words, "--models", str(repository.root)])
+    said = done.output + (done.exception.message if isinstance(done.exception, UnderstudyError) else "")
+    assert done.exit_code == code, said
+    return said
 
 
 @pytest.fixture(scope="module")
 def client(repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = repository.root.parent
-    understudy(repository, "add", str(folder / "rank4"), "--base", "embedder", "--name", "small")
+    command = [sys.executable, "-m", "server.cli", "adapters", "add", str(folder / "rank4"), "--base", "embedder", "--name", "small"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--models", str(repository.root)], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Added small@1 for embedder@1: lora, rank 4")
     running = ServerProcess(tmp_path_factory.mktemp("server"), "[server]\ngrace_s = 5", models=repository.root)
     running.wait_ready()
     with Client(running.address) as client:
