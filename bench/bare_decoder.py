@@ -44,8 +44,8 @@ async def serve(models: Path, name: str) -> None:
 
     files = await in_thread(lambda: Repository(models).open(name))
     model = await make_loader(config.runtime, NullObserver(), config.generation)(files, in_thread)
-    assert isinstance(model, LoadedDecoder) and model.generator is not None
-    engine = model.generator.parts.engine
+    assert isinstance(model, LoadedDecoder)
+    engine = model.engine
     print(json.dumps({"reply": "ready"}), flush=True)
     while line := await in_thread(sys.stdin.readline):
         plan = json.loads(line)

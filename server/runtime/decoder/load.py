@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,12 @@ class LoadedDecoder:
         self.generator: GeneratorModel | None = None
         self.adapters: AdapterSet | None = None
 
+    @property
+    def engine(self) -> GenerationEngine:
+        """The loop itself, for who has token ids and wants token ids."""
+        assert self._engine is not None, "built with the model"
+        return self._engine
+
     async def build(
         self, files: ModelFiles, in_thread: InThread, sessions: Sessions, settings: DecoderSettings, observer: Observer
     ) -> None:
@@ -73,8 +80,7 @@ class LoadedDecoder:
         assert decoder is not None, "a manifest of form decoder"
         reader, tokenizer = await in_thread(lambda: read_text_parts(files))
         for form, name in decoder.graphs.items():
-            path = files.paths[name]
-            self._sessions[form] = await in_thread(lambda path=path: sessions.open(path))
+            self._sessions[form] = await in_thread(partial(sessions.open, files.paths[name]))
         bank = None
         if decoder.lora is not None:
             layout = decoder.lora
