@@ -11,12 +11,11 @@ import numpy as np
 from native.kernels.twins_products import from_bfloat16, pack_int4, to_bfloat16
 from server.core import FloatArray
 from server.runtime.graphs.decoder.forms import Int4
-from server.runtime.graphs.decoder.int8 import CHUNK, Choice, Effort, Keep, Rows, Weights
-from server.runtime.graphs.quantize import inverse_factor
+from server.runtime.graphs.decoder.int8 import Choice, Effort, Keep, Rows, Weights
 
 # Shares of the scale at which the largest weight of a block becomes -8.
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
-FAST_SHRINK = (1.0, 0.88)
+FAST_SHRINK = (0.93,)
 # Wider blocks are faster where one row waits for memory; they may cost this much more error.
 WIDER = {32: 1.0, 64: 1.04, 128: 1.08}
 
@@ -31,21 +30,24 @@ def quantize_int4(rows: Rows, weights: Weights, effort: Effort, keep: Keep) -> C
         q, scale = round_blocks(part, rows.square, block, shrink)
         errors[block] = rows.error(rows.sample @ _back(q, scale, block), want)
     block = max(size for size, error in errors.items() if error <= WIDER[size] * errors[32])
-    upper = inverse_factor(rows.hessian()) if weights.inputs <= effort.compensate else None
+    upper = rows.factor() if weights.inputs <= effort.compensate else None
     blocks, panels = -(-weights.inputs // block), -(-weights.outputs // 16)
     data = np.empty((panels, blocks * block // 4, 32), np.uint8)
     scales = np.empty((panels, blocks, 16), np.uint16)
-    got = np.empty_like(want)
-    for start, end in weights.chunks(CHUNK if upper is None else 8 * CHUNK):
+    back = np.empty_like(part)
+
+    def fill(start: int, end: int) -> None:
         columns = np.ascontiguousarray(weights.columns(start, end))
         q, scale = round_blocks(columns, rows.square, block, shrink)
         if upper is not None:
             q = _compensated(columns, scale, block, upper)
         inside = (picked >= start) & (picked < end)
-        got[:, inside] = rows.sample @ _back(q, scale, block)[:, picked[inside] - start]
+        back[:, inside] = _back(q[:, picked[inside] - start], scale[:, picked[inside] - start], block)
         first, last = start // 16, -(-end // 16)
         data[first:last], scales[first:last] = pack_int4(q, scale, block)
-    return Choice(f"int4-{block}", rows.error(got, want), Int4(keep(data), keep(scales), block))
+
+    weights.each(fill, compensated=upper is not None)
+    return Choice(f"int4-{block}", rows.error(rows.sample @ back, want), Int4(keep(data), keep(scales), block))
 
 
 def round_blocks(weight: FloatArray, importance: FloatArray, block: int, shrink: tuple[float, ...]) -> tuple[np.ndarray, FloatArray]:

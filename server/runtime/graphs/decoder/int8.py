@@ -8,6 +8,7 @@ products may be large: columns are rounded some at a time, and the cost is bound
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +31,16 @@ from server.runtime.graphs.quantize import (
     round_weights,
     smoothing,
 )
+from server.runtime.sessions import usable_cores
 
 ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.9)
-FAST_ALPHAS = (0.0, 0.5, 0.8)
-FAST_CLIPS = (1.0, 1.25)
+FAST_ALPHAS = (0.0, 0.5)
+FAST_CLIPS = (1.15,)
 SAMPLE_COLUMNS, SAMPLE_BLOCKS = 256, 8
 # The share of the worst row's error that counts, beside the mean over rows.
 WORST = 0.05
 # Floats of a weight that are rounded at once: what stays near the cores.
-CHUNK = 1 << 20
+CHUNK, COMPENSATED_CHUNK = 1 << 18, 1 << 22
 
 # Puts an array where it does not take memory, and gives it back as it is read.
 Keep = Callable[[np.ndarray], np.ndarray]
@@ -58,7 +60,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort("fast", 192, 0),
+    "fast": Effort("fast", 128, 0),
     "normal": Effort("normal", 512, 4096),
     "best": Effort("best", 768, 1 << 20),
 }
@@ -90,6 +92,24 @@ class Weights:
         step = max(16, floats // self.inputs // 16 * 16)
         return [(start, min(start + step, self.outputs)) for start in range(0, self.outputs, step)]
 
+    def high(self) -> FloatArray:
+        """Largest absolute value of each row, float32[inputs]."""
+        found = np.zeros(self.inputs, np.float32)
+        for start, end in self.chunks(8 * CHUNK):
+            part = self.columns(start, end)
+            np.maximum(found, np.maximum(part.max(axis=1), -part.min(axis=1)), out=found)
+        return found
+
+    def each(self, work: Callable[[int, int], None], *, compensated: bool) -> None:
+        """Calls `work` with each range: on all cores, where it does not multiply matrices, which BLAS splits over them itself."""
+        chunks = self.chunks(COMPENSATED_CHUNK if compensated else CHUNK)
+        if compensated:
+            for start, end in chunks:
+                work(start, end)
+            return
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(lambda both: work(*both), chunks))
+
     def sampled(self) -> tuple[np.ndarray, FloatArray]:
         """Numbers of some columns spread over the product, and those columns."""
         if self.outputs <= SAMPLE_COLUMNS:
@@ -111,18 +131,22 @@ class Rows:
         self.high: FloatArray = np.maximum(np.abs(levelled).max(axis=0), TINY)
         self.square: FloatArray = np.square(levelled).mean(axis=0)
         self.levelled = levelled
+        self._factor: np.ndarray | None = None
         picked = np.unique(np.linspace(0, len(x) - 1, min(count, len(x))).astype(int))
         # The largest rows are always among those that are looked at.
         picked = np.union1d(picked, np.argsort(power)[-8:])
         self.sample: FloatArray = np.ascontiguousarray(x[picked])
 
-    def hessian(self, smooth: FloatArray | None = None) -> np.ndarray:
-        """X^T X of the levelled rows, each channel divided by `smooth`."""
-        h: np.ndarray = self.levelled.T @ self.levelled
-        if smooth is not None:
-            h /= smooth[:, None]
-            h /= smooth[None, :]
-        return h
+    def factor(self, smooth: FloatArray | None = None) -> np.ndarray:
+        """What rounding is compensated by, see quantize.inverse_factor, for inputs divided by `smooth`.
+
+        Factored once, for channels of equal size: so the damping counts the same for each, however large some are.
+        """
+        size = np.sqrt(np.maximum(self.square, 1e-4 * float(self.square.mean()) + 1e-20))
+        if self._factor is None:
+            even = self.levelled / size
+            self._factor = inverse_factor(even.T @ even)
+        return np.asarray(self._factor * ((1 if smooth is None else smooth) / size), np.float32)
 
     @staticmethod
     def error(got: npt.NDArray[np.floating], want: FloatArray) -> float:
@@ -135,7 +159,7 @@ class Rows:
 def quantize_int8(rows: Rows, weights: Weights, effort: Effort, keep: Keep) -> Choice:
     """The best int8 form of a product."""
     picked, part = weights.sampled()
-    weight_high = np.maximum(np.concatenate([np.abs(weights.columns(*c)).max(axis=1)[None] for c in weights.chunks()]).max(axis=0), TINY)
+    weight_high = np.maximum(weights.high(), TINY)
     want = rows.sample @ part
     best: dict[str, tuple[float, FloatArray]] = {}
     for alpha in FAST_ALPHAS if effort.fast else ALPHAS:
@@ -174,10 +198,13 @@ def _finish(
     upper = _compensation(rows, part, smooth, rounded, effort)
     q = np.empty((weights.inputs, weights.outputs), np.int8)
     scale = np.empty(weights.outputs, np.float32)
-    for start, end in weights.chunks(CHUNK if upper is None else 8 * CHUNK):
+
+    def fill(start: int, end: int) -> None:
         scaled = weights.columns(start, end) * smooth[:, None]
         values, scale[start:end] = round_weights(scaled, importance, clips)
         q[:, start:end] = values if upper is None else compensated_by(scaled, scale[start:end], upper)
+
+    weights.each(fill, compensated=upper is not None)
     got = np.asarray(rounded @ (q[:, picked] * scale[picked]), np.float32)
     scales = static or StaticRows(1.0, 128)
     product = Int8(
@@ -200,4 +227,4 @@ def _compensation(rows: Rows, part: FloatArray, smooth: FloatArray, rounded: Flo
     smoothed, want = rows.sample / smooth, rows.sample @ part
     if rows.error(smoothed @ (q * scale), want) <= COMPENSATE_ABOVE * rows.error(rounded @ scaled, want):
         return None
-    return inverse_factor(rows.hessian(smooth))
+    return rows.factor(smooth)
