@@ -39,6 +39,7 @@ class Tensors:
 
     def __init__(self, entries: dict[str, _Entry]) -> None:
         self._entries = entries
+        self._maps: dict[Path, np.ndarray] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -62,7 +63,7 @@ class Tensors:
         """Rows [start, end) of the tensor of `shape` as float32; raises as `take`."""
         entry = self.check(name, shape)
         row = (entry.end - entry.start) // max(shape[0] if shape else 1, 1)
-        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start + start * row, shape=((end - start) * row,))
+        raw = self._map(entry.file)[entry.start + start * row : entry.start + end * row]
         values = _decode(raw, entry.dtype).reshape((end - start, *shape[1:]) if shape else ())
         if not np.isfinite(values).all():
             raise ModelRejected(f"Tensor {name!r} holds NaN or infinity; the checkpoint is damaged or its training diverged.", tensor=name)
@@ -72,6 +73,12 @@ class Tensors:
         """The bits uint16 of a bfloat16 tensor, as a view of its file; None for other types."""
         entry = self.check(name, shape)
         return np.memmap(entry.file, dtype="<u2", mode="r", offset=entry.start, shape=shape) if entry.dtype == "BF16" else None
+
+    def _map(self, file: Path) -> np.ndarray:
+        """A file as bytes, mapped once: opening it again for each of many small tensors takes longer than reading them."""
+        if file not in self._maps:
+            self._maps[file] = np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
+        return self._maps[file]
 
     def check(self, name: str, shape: tuple[int, ...]) -> _Entry:
         """The header's entry of a float tensor of exactly `shape`; raises ModelRejected."""

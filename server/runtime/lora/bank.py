@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,19 @@ from server.runtime.lora.weights import LoraWeights
 from server.runtime.manifest import LoraLayout
 
 _ALIGN = 64
+_BREATH_S = 0.001
+
+
+class Breath:
+    """Called between small pieces of work in a thread: once a millisecond it lets the interpreter go, for whoever waits to take a step."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def __call__(self) -> None:
+        if time.perf_counter() - self._last > _BREATH_S:
+            time.sleep(0)
+            self._last = time.perf_counter()
 
 
 class AdapterBank:
@@ -70,14 +82,14 @@ class AdapterBank:
     def write(self, slot: int, weights: LoraWeights) -> None:
         """Puts a checked adapter into a slot. The interpreter is let go between layers, so that running streams keep their pace."""
         assert 0 <= slot < self.slots, (slot, self.slots)
-        encode = _encoder(self.layout)
-        rows = self.weights[slot]
+        encode = to_bfloat16 if self.layout.dtype == "bfloat16" else np.asarray
+        rows, breathe = self.weights[slot], Breath()
         self.ranks[slot] = 0
         for name, delta in weights.deltas.items():
             target, rank = self._targets[name], delta.rank
             rows[:rank, target.a : target.a + target.inputs] = encode(delta.a)
-            rows[:rank, target.b : target.b + target.outputs] = encode(delta.b.T * np.float32(delta.scale))
-            time.sleep(0)
+            rows[:rank, target.b : target.b + target.outputs] = encode(delta.b * np.float32(delta.scale)).T
+            breathe()
         for name, delta in weights.deltas.items():
             self.ranks[slot, self._targets[name].index] = delta.rank
 
@@ -100,12 +112,12 @@ class AdapterBank:
 def to_bfloat16(values: FloatArray) -> npt.NDArray[np.uint16]:
     """The upper halves of float32, rounded to nearest, ties to even. Finite values only."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return (rounded >> np.uint32(16)).astype(np.uint16)
-
-
-def _encoder(layout: LoraLayout) -> Callable[[FloatArray], npt.NDArray[Any]]:
-    return to_bfloat16 if layout.dtype == "bfloat16" else lambda values: values
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    return rounded.astype(np.uint16)
 
 
 def _decode(values: npt.NDArray[Any]) -> FloatArray:

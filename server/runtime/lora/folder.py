@@ -16,6 +16,7 @@ from server.core import FloatArray
 from server.errors import ModelRejected
 from server.runtime.adapter_folder import MANIFEST, WEIGHTS, Base, read_manifest, verify_files, write_folder
 from server.runtime.graphs.tensors import Tensors, open_file
+from server.runtime.lora.bank import Breath
 from server.runtime.lora.layout import base_sha256, layout_of
 from server.runtime.lora.onnx_adapter import write_onnx_adapter
 from server.runtime.lora.weights import Delta, LoraWeights, PrefixWeights, PromptWeights, Weights
@@ -150,7 +151,7 @@ def read_adapter(folder: Path, base: Manifest, *, all_files: bool = False) -> tu
 def _lora(tensors: Tensors, manifest: AdapterManifest, base: Manifest) -> LoraWeights:
     layout = layout_of(base)
     known = {target.name: target for target in layout.targets} if layout is not None else {}
-    deltas = {}
+    deltas, breathe = {}, Breath()
     for layer, wanted in manifest.targets.items():
         target = known.get(layer)
         if target is None:
@@ -162,6 +163,7 @@ def _lora(tensors: Tensors, manifest: AdapterManifest, base: Manifest) -> LoraWe
             )
         a = tensors.take(f"{layer}.lora_A", (wanted.rank, target.inputs))
         deltas[layer] = Delta(a, tensors.take(f"{layer}.lora_B", (target.outputs, wanted.rank)), wanted.scale)
+        breathe()
     return LoraWeights(deltas)
 
 
