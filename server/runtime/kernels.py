@@ -203,6 +203,7 @@ def self_test() -> None:
         "a_zero": np.full((), 117, np.uint8),
     }
     expect_close("Int8Gemm", run_op("Int8Gemm", product, ["y"], {}, constants=["b"])[0], twins.int8_gemm(**product), 5e-6)
-    from server.runtime import kernels_decoder
+    from server.runtime import kernels_decoder, kernels_products
 
     kernels_decoder.self_test()
+    kernels_products.self_test()

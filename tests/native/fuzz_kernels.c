@@ -1,6 +1,7 @@
 /* Calls every operator with random shapes and hostile values. Each buffer is a heap block of exactly its size, so that AddressSanitizer sees
  * the first float read or written past an end. Usage: fuzz_kernels <seed> <rounds> */
 #include "../../native/kernels/ops.h"
+#include "../../native/kernels/products.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -13,6 +14,9 @@ const char *us_direct_norm(const char *, const us_norm_args *);
 const char *us_direct_gelu(const char *, const us_gelu_args *);
 const char *us_direct_embed(const char *, const us_embed_args *);
 const char *us_direct_gemm(const char *, const us_gemm_args *);
+const char *us_direct_float_gemm(const char *, const us_float_gemm_args *);
+const char *us_direct_int4_gemm(const char *, const us_int4_gemm_args *);
+const char *us_direct_lora_add(const char *, const us_lora_add_args *);
 
 static uint64_t state;
 static void *blocks[64];
@@ -99,25 +103,73 @@ static void embed(void) {
     us_direct_embed(NULL, &a);
 }
 
+static void *bytes(int64_t n) {
+    uint8_t *p = block(n);
+    for (int64_t i = 0; i < n; i++) p[i] = (uint8_t)upto(256);
+    return p;
+}
+
+/* Adapters of which one call in ten points somewhere outside: that must be refused and never followed. */
+static const us_lora *adapters(int64_t rows, int64_t depth, int64_t cols) {
+    if (!upto(3)) return NULL;
+    us_lora *l = block(sizeof *l);
+    const int64_t parts = upto(3), outputs = upto(cols + 1), width = depth + cols + upto(9);
+    *l = (us_lora){.slots = 1 + upto(4), .rank = upto(10), .width = width, .targets = 1 + upto(3), .parts = parts, .bfloat16 = (int32_t)upto(2)};
+    int32_t *ids = block(rows * 4), *ranks = block(l->slots * l->targets * 4);
+    int64_t *layout = block(parts * US_LORA_FIELDS * 8);
+    for (int64_t i = 0; i < rows; i++) ids[i] = (int32_t)(upto(300) ? upto(l->slots + 1) - 1 : upto(9) - 4);
+    for (int64_t i = 0; i < l->slots * l->targets; i++) ranks[i] = (int32_t)(upto(100) ? upto(l->rank + 1) : upto(20) - 5);
+    for (int64_t i = 0; i < parts; i++) {
+        const int64_t fields[US_LORA_FIELDS] = {upto(width - depth + 1), upto(width - outputs + 1), upto(cols - outputs + 1), outputs, upto(l->targets), depth};
+        memcpy(layout + i * US_LORA_FIELDS, fields, sizeof fields);
+    }
+    if (parts && upto(10) == 0) layout[upto(parts * US_LORA_FIELDS)] = upto(2) ? upto(2 * width) - 5 : INT64_MIN + upto(2) * INT64_MAX;
+    l->bank = l->bfloat16 ? bytes(l->slots * l->rank * width * 2) : floats(l->slots * l->rank * width);
+    l->ids = ids, l->ranks = ranks, l->layout = layout;
+    return l;
+}
+
 static void gemm(void) {
     const int64_t rows = upto(150), depth = 1 + upto(300), cols = 1 + upto(100);
     us_gemm_args a = {.rows = rows, .depth = depth, .cols = cols, .a_scale = 0.5f, .a_zero = (int32_t)upto(256), .b_scale = floats(cols)};
-    uint8_t *left = block(rows * depth);
     int8_t *right = block(depth * cols);
     const int64_t range = upto(2) ? 256 : 128;
-    for (int64_t i = 0; i < rows * depth; i++) left[i] = (uint8_t)upto(256);
     for (int64_t i = 0; i < depth * cols; i++) right[i] = (int8_t)(upto(range) - range / 2);
-    a.a = left, a.b = right, a.y = block(rows * cols * 4);
+    a.a = bytes(rows * depth), a.b = right, a.y = block(rows * cols * 4);
+    a.lora = adapters(rows, depth, cols), a.mult = maybe(depth), a.row_scale = maybe(rows);
     us_direct_gemm(NULL, &a);
 }
 
+static void float_gemm(void) {
+    const int64_t rows = upto(150), depth = 1 + upto(600), cols = 1 + upto(100);
+    us_float_gemm_args a = {.rows = rows, .depth = depth, .cols = cols, .a = floats(rows * depth), .b = floats(depth * cols), .y = block(rows * cols * 4)};
+    a.lora = adapters(rows, depth, cols);
+    us_direct_float_gemm(NULL, &a);
+}
+
+static void int4_gemm(void) {
+    const int64_t rows = upto(150), depth = 1 + upto(600), cols = 1 + upto(100), size = 32 << upto(3), panels = (cols + US_COLS - 1) / US_COLS;
+    us_int4_gemm_args a = {.rows = rows, .depth = depth, .cols = cols, .block = size, .a = floats(rows * depth), .y = block(rows * cols * 4)};
+    const int64_t blocks = (depth + size - 1) / size;
+    a.b = bytes(panels * blocks * size * US_COLS / 2), a.scale = bytes(panels * blocks * US_COLS * 2);
+    a.lora = adapters(rows, depth, cols);
+    us_direct_int4_gemm(NULL, &a);
+}
+
+static void lora_add(void) {
+    const int64_t rows = upto(150), depth = 1 + upto(300), cols = 1 + upto(600);
+    us_lora_add_args a = {.rows = rows, .depth = depth, .cols = cols, .x = floats(rows * depth), .y = floats(rows * cols), .out = block(rows * cols * 4)};
+    a.lora = adapters(rows, depth, cols);
+    us_direct_lora_add(NULL, &a);
+}
+
 int main(int count, char **arguments) {
-    static void (*const calls[])(void) = {attend, norm, gelu, embed, gemm};
+    static void (*const calls[])(void) = {attend, norm, gelu, embed, gemm, float_gemm, int4_gemm, lora_add};
     if (count != 3) return 2;
     state = strtoull(arguments[1], NULL, 10);
     const long rounds = strtol(arguments[2], NULL, 10);
     for (long i = 0; i < rounds; i++) {
-        calls[upto(5)]();
+        calls[upto((int64_t)(sizeof calls / sizeof *calls))]();
         release();
     }
     printf("%ld calls, no finding\n", rounds);

@@ -22,6 +22,7 @@ WIDTHS = {
     "4 lanes": ["-DUS_VW=4"],
     "8 lanes": ["-march=x86-64-v3"] if platform.machine() == "x86_64" else ["-DUS_VW=8"],
     "16 lanes": ["-DUS_VW=16"],
+    "the dot instruction by hand": ["-march=x86-64-v3", "-DUS_DOT"] if platform.machine() == "x86_64" else ["-DUS_VW=8"],
 }
 
 
