@@ -42,30 +42,29 @@ class Forms:
 def measure(forms: Forms, runner: StepRunner, pace: Pace) -> Forms:
     """Finds the crossover by running both forms at growing sizes, and tells `pace` what steps take. Blocks for a second or two."""
     began = time.monotonic()
+    one = forms.narrow == forms.wide
     limit = min(runner.limits.sequences, runner.pool.shape[1])
     crossover = 0
-    one = forms.narrow == forms.wide
     for size in [size for size in (_SIZES_OF_ONE if one else _SIZES) if size <= limit]:
-        wide = _seconds(runner, forms.wide, size, 1)
-        narrow = wide if one else _seconds(runner, forms.narrow, size, 1)
-        pace.record(size, 0, min(wide, narrow))
-        if one:
-            continue
-        if narrow < wide:
+        wide, narrow = _seconds(runner, (forms.wide, forms.narrow), size, 1)
+        pace.learn(size, min(wide, narrow))
+        if not one and narrow < wide:
             crossover = size + 1
-        elif size > 2 * crossover or time.monotonic() - began > _LONGEST_S:
+        elif not one and (size > 2 * crossover or time.monotonic() - began > _LONGEST_S):
             break
-    for tokens in (16, 64):
-        if tokens <= min(runner.limits.tokens, runner.limits.positions - 1) and tokens <= limit * 16:
-            pace.record(0, tokens, _seconds(runner, forms.wide, 1, tokens))
+    some, more = (min(tokens, runner.limits.tokens, runner.limits.positions - 1) for tokens in (16, 64))
+    if more > some and limit * runner.page >= more:
+        (short, _), (long, _) = (_seconds(runner, (forms.wide, forms.wide), 1, tokens) for tokens in (some, more))
+        pace.learn_token((long - short) / (more - some))
     return Forms(forms.narrow, forms.wide, crossover)
 
 
-def _seconds(runner: StepRunner, form: str, rows: int, tokens: int) -> float:
-    """The least of a few runs: what others do on the machine only ever adds."""
-    times = []
+def _seconds(runner: StepRunner, forms: tuple[str, str], rows: int, tokens: int) -> tuple[float, float]:
+    """The least of a few runs of each form, in turns: what others do on the machine only ever adds."""
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_RUNS):
-        began = time.perf_counter()
-        runner.probe(form, rows, tokens)
-        times.append(time.perf_counter() - began)
-    return min(times)
+        for place in range(2 if forms[0] != forms[1] else 1):
+            began = time.perf_counter()
+            runner.probe(forms[place], rows, tokens)
+            times[place].append(time.perf_counter() - began)
+    return min(times[0]), min(times[1] or times[0])

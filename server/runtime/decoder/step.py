@@ -74,7 +74,7 @@ class StepRunner:
         self.limits = limits
         self.kv = KvLayout(decoder)
         width = -(-limits.positions // decoder.page)
-        self._page = decoder.page
+        self.page = decoder.page
         self._vocabulary = decoder.vocabulary
         self.pool = self.kv.allocate(pages)
         self._tables: Int32 = np.full((limits.sequences, width), -1, np.int32)
@@ -124,7 +124,7 @@ class StepRunner:
         self._shape(form, plan.tokens, sequences, width, wanted)
 
     def run(self) -> FloatArray:
-        """Runs what was loaded; returns the logits float32[len(places), vocabulary], valid until the next run. The GIL is free meanwhile."""
+        """Runs what was loaded; returns the logits float32[len(places), vocabulary], valid until the next run. The GIL is free."""
         self._loaded.binding.run()
         return self._logits_rows[: self._wanted]
 
@@ -150,7 +150,7 @@ class StepRunner:
 
     def probe(self, form: str, rows: int, tokens: int) -> None:
         """Runs `rows` sequences of `tokens` tokens each, in the first pages: for measuring, before anything is in them."""
-        each = -(-tokens // self._page)
+        each = -(-tokens // self.page)
         total = rows * tokens
         self._ids[:total] = 0
         self._cu[: rows + 1] = np.arange(rows + 1) * tokens

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.runtime.decoder.pace import Line, Pace
+from server.runtime.decoder.pace import Pace
 from server.runtime.decoder.pages import PagePool
 from server.runtime.decoder.prefix import Match, PrefixCache
 
@@ -129,21 +129,27 @@ def test_whatever_is_stored_is_right_and_counted(events: list[tuple[int, list[in
 def test_the_pace_finds_what_a_token_costs() -> None:
     pace = Pace(1.2, 4)
     assert pace.chunk(8, 1) == 4, "careful before anything is known"
-    for i in range(200):
+    for rows in (1, 8, 32):
+        pace.learn(rows, 0.008 + 0.001 * rows)
+    pace.learn_token(0.0003)
+    assert pace.decode_seconds(20) == pytest.approx(0.028) and pace.decode_seconds(64) == pytest.approx(0.072)
+    assert pace.chunk(8, 1) == pytest.approx(1.2 * 0.016 / 0.0003, abs=1)
+    for i in range(100):
         rows = 1 + i % 32
-        pace.record(rows, 0, 0.008 + 0.001 * rows)
-        pace.record(rows, 16 + i % 50, 0.008 + 0.001 * rows + 0.002 + 0.0006 * (16 + i % 50))
-    assert pace.decode_seconds(8) == pytest.approx(0.016, rel=0.05)
-    assert pace.chunk(8, 1) == pytest.approx((1.2 * 0.016 - 0.002) / 0.0006, abs=2)
-    assert pace.chunk(8, 16) == pytest.approx((2.4 * 0.016 - 0.002) / 0.0006, abs=3), "more prompts than answers get more of the time"
+        pace.record(rows, 0, 2 * (0.008 + 0.001 * rows))
+        pace.record(rows, 40, 2 * (0.008 + 0.001 * rows) + 0.0006 * 40)
+    assert pace.decode_seconds(8) == pytest.approx(0.032, rel=0.01), "the machine is half as quick as it was"
+    assert pace.chunk(8, 1) == pytest.approx(1.2 * 0.032 / 0.0006, abs=1)
+    assert pace.chunk(8, 16) == pytest.approx(2.4 * 0.032 / 0.0006, abs=2), "more prompts than answers get more of the time"
     pace.record(8, 0, 5.0)
-    assert pace.decode_seconds(8) < 0.03, "a pause of the machine is forgotten"
+    assert pace.decode_seconds(8) < 0.04, "a pause of the machine is no cost"
 
 
-def test_a_line_through_one_place_keeps_its_slope() -> None:
-    line = Line()
-    for x in (10.0, 20.0):
-        line.record(x, 1.0 + 0.5 * x)
-    for _ in range(500):
-        line.record(30.0, 20.0)
-    assert line.at(30.0) == pytest.approx(20.0, rel=0.01) and 0.3 < line.slope < 0.9
+def test_a_long_prompt_lets_the_answers_show_what_they_take_alone() -> None:
+    pace = Pace(1.2, 4)
+    pace.learn(8, 0.016)
+    chunks = []
+    for _ in range(40):
+        chunks.append(pace.chunk(8, 1))
+        pace.record(8, chunks[-1], 0.03 if chunks[-1] else 0.016)
+    assert chunks.count(0) == 3
