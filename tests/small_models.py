@@ -17,6 +17,7 @@ from bench.harness import Server, serve
 from server.core import Task
 from server.runtime.graphs.build import build
 from server.runtime.repository import Repository
+from tests import generation_models
 
 TEXT = "the a card is lost where my password reset money transfer late how do i who found it ada london lived in ? . ##s ##ed ##ing"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -51,7 +52,10 @@ TYPES = {
 
 
 def build_repository(root: Path) -> Repository:
-    """Writes all of them under `root`: `ENCODERS`, and the raw graphs "adder" (two versions), "types", "lookup", "fixed"."""
+    """Writes all of them under `root`: `ENCODERS`, the decoder of tests/generation_models.py, and the raw graphs "adder" (two versions),
+
+    "types", "lookup", "fixed".
+    """
     repository = Repository(root / "models")
     for name, (task, labels) in ENCODERS.items():
         folder = root / "checkpoints" / name
@@ -63,6 +67,7 @@ def build_repository(root: Path) -> Repository:
             if task is Task.FEATURE_EXTRACTION:
                 fields |= {"pooling": "mean", "normalize": True}
             repository.publish(staged, name, fields)
+    generation_models.publish(repository, root / "checkpoints")
     for name, write in (("adder", _adder), ("adder", _adder), ("types", _types), ("lookup", _lookup), ("fixed", _fixed)):
         with repository.staging() as staged:
             save(_checked(write()), str(staged / "model.onnx"))

@@ -102,7 +102,6 @@ class LoadedSeq2Seq:
     async def close(self, drain: bool) -> None:
         """Finishes accepted calls if `drain`, and gives the memory back."""
         await self.seq2seq.close(drain=drain)
-        await asyncio.to_thread(release_memory)
 
 
 class LoadedModel:

@@ -22,7 +22,7 @@ def understudy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_help_names_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
     shown = understudy(tmp_path, "--help")
     assert shown.returncode == 0
-    for command in ("serve", "doctor", "version", "models", "train"):
+    for command in ("serve", "run", "doctor", "version", "models", "train"):
         assert command in shown.stdout
     probe = "import sys, server.cli; print(sorted({'grpc', 'onnxruntime', 'numpy', 'pyarrow', 'openai'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

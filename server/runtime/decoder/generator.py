@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.core import Call, FinishReason, Usage
-from server.errors import AdapterNotFound, InputTooLong, InvalidArgument
+from server.errors import AdapterNotFound, InputTooLong, InvalidArgument, UnderstudyError
 from server.runtime.decoder.contract import AdapterUse, DecoderEngine, Job, Matcher, Piece, Stream, TextStream, Times, Token
 from server.runtime.decoder.prompt import PromptReader
 from server.runtime.decoder.request import (
@@ -223,11 +223,18 @@ class Generation:
         return answers[: self._request.n]
 
     def cancel(self) -> None:
-        """Ends the work and lets the adapter go. May be called at any time, and twice."""
+        """Ends the work, if it has not ended, and lets the adapter go. May be called at any time, and twice."""
         self._stream.cancel()
         adapter, self._start.adapter = self._start.adapter, None
-        if adapter is not None:
+        if adapter is None:
+            return
+        if all(grown.finish is not None for grown in self._answers):
             adapter.release()
+        else:
+            # The step that runs now may read the adapter's slot yet; the stream says when the engine has dropped the job.
+            task = asyncio.get_running_loop().create_task(_release_after(self._stream, adapter))
+            _LEAVING.add(task)
+            task.add_done_callback(_LEAVING.discard)
 
     def summary(self) -> Summary:
         """Who answered, what it used and how long it took."""
@@ -255,6 +262,20 @@ class Generation:
             delta = found.setdefault(piece.index, Delta(piece.index, "", []))
             self._answers[piece.index].take(piece, delta, keep)
         return [delta for delta in found.values() if delta.text or delta.tokens or delta.finish is not None]
+
+
+_LEAVING: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+
+
+async def _release_after(stream: Stream, adapter: AdapterUse) -> None:
+    """Lets an adapter go once a cancelled job has left the engine."""
+    try:
+        async for _ in stream:
+            pass
+    except UnderstudyError:
+        pass
+    finally:
+        adapter.release()
 
 
 class _Growing:
