@@ -20,6 +20,7 @@ from server.runtime.decoder.scheduler import Plan
 from server.runtime.decoder.sequence import Candidate, Flight
 from server.runtime.decoder.settings import GenerationSettings
 from server.runtime.decoder.stream import JobStream
+from server.runtime.sessions import usable_cores
 
 log = logging.getLogger(__name__)
 _FADE = 0.9
@@ -50,11 +51,11 @@ class Drawn:
 class Delivery:
     """One engine's way out. On the engine's thread."""
 
-    def __init__(self, name: str, settings: GenerationSettings, masks: Masks | None, threads: int = 1) -> None:
+    def __init__(self, name: str, settings: GenerationSettings, masks: Masks | None) -> None:
         self._name = name
         self._rate = settings.message_rate
         self._masks = masks
-        self._buffers = SampleBuffers(settings.max_sequences, TOP_MOST, threads)
+        self._buffers = SampleBuffers(settings.max_sequences, TOP_MOST, usable_cores())
         self._rows = np.zeros(settings.max_sequences, np.int32)
         self._out: dict[asyncio.AbstractEventLoop, list[tuple[JobStream, Piece | UnderstudyError]]] = {}
         self._step_s = 0.0
@@ -179,8 +180,8 @@ class Delivery:
 
     def _post(self, candidate: Candidate, finish: FinishReason | None, text_end: str) -> None:
         flight = candidate.flight
-        if flight.stream is None or flight.abandoned:
-            return
+        if flight.stream is None or (flight.abandoned and finish is None):
+            return  # the end is told all the same: who left may wait for the job to be out
         piece = Piece(candidate.index, candidate.pieces, finish, text_end, max(0, candidate.cached), candidate.times)
         candidate.pieces = []
         candidate.piece_steps = 0

@@ -14,10 +14,10 @@ from server.runtime.decoder.pace import Pace
 from server.runtime.decoder.step import StepRunner
 
 _WIDE = ("int8", "float32", "int4")  # the first that the model has
-_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SIZES_OF_ONE = (1, 8, 32)  # where there is nothing to choose, for the pace alone
 _RUNS = 3
-_LONGEST_S = 2.0  # spent on measuring at most, beyond the first sizes
+_LONGEST_S = 3.0  # spent on the forms; where it is not enough, the largest size that was tried decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def measure(forms: Forms, runner: StepRunner, pace: Pace) -> Forms:
         pace.learn(size, min(wide, narrow))
         if not one and narrow < wide:
             crossover = size + 1
-        elif not one and (size > 2 * crossover or time.monotonic() - began > _LONGEST_S):
+        if time.monotonic() - began > _LONGEST_S or (not one and size > 2 * crossover):
             break
     some, more = (min(tokens, runner.limits.tokens, runner.limits.positions - 1) for tokens in (16, 64))
     if more > some and limit * runner.page >= more:

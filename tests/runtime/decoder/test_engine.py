@@ -391,3 +391,19 @@ async def test_messages_carry_several_tokens_when_there_would_be_too_many(model:
     many, _ = await messages(1e9)
     few, sizes = await messages(500.0)
     assert few < many / 2 and sum(sizes) == 8 * 60
+
+
+async def test_who_left_hears_when_the_job_is_out(model: Model) -> None:
+    async with opened(model) as engine:
+        for tokens in (1, 2, 3, 40):
+            stream = engine.submit(greedy([3, tokens], tokens))
+            for _ in range(tokens):
+                await asyncio.sleep(0)
+            stream.cancel()
+            stream.cancel()
+            try:
+                async with asyncio.timeout(10):
+                    await text(stream)
+            except Cancelled:
+                pass
+        await idle(engine)
