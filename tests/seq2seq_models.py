@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ PIECES = 320
 
 
 def build(family: str, folder: Path) -> transformers.PreTrainedModel:
-    """Writes model, tokenizer and configuration to `folder`, which must not exist; returns the model."""
+    """Writes model, tokenizer and configuration to `folder`, which must not exist; returns the model as it is read from there."""
     folder.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers on where settings are kept, and on its own tokenizers
+        _write(family, folder)
+        return transformers.AutoModelForSeq2SeqLM.from_pretrained(str(folder)).eval()
+
+
+def _write(family: str, folder: Path) -> None:
     tokenizer = _tokenizer(family, folder)
     torch.manual_seed(7)
     vocabulary = max(tokenizer.lang_code_to_id.values()) + 9 if family == "m2m_100" else len(tokenizer)
@@ -27,7 +35,6 @@ def build(family: str, folder: Path) -> transformers.PreTrainedModel:
     _randomise(model, family)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model
 
 
 def _model(family: str, vocabulary: int, tokenizer: Any) -> transformers.PreTrainedModel:
@@ -165,19 +172,14 @@ def _pieces(model: bytes) -> list[str]:
 
 def _marian(folder: Path) -> Any:
     """Two sentencepiece models and one vocabulary of both, numbered as neither of them is, some pieces left out."""
-    import warnings
-
     source, target = _sentencepiece("unigram"), _sentencepiece("unigram", reverse=True)
     (folder / "source.spm").write_bytes(source)
     (folder / "target.spm").write_bytes(target)
     both = sorted({*_pieces(source)[:-5], *_pieces(target)})
     names = ["</s>", "<unk>", ">>fra<<", ">>deu<<", *both, "<pad>"]
     (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}, ensure_ascii=False))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.MarianTokenizer(
-            str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json"), source_lang="en", target_lang="fr"
-        )
+    paths = [str(folder / name) for name in ("source.spm", "target.spm", "vocab.json")]
+    return transformers.MarianTokenizer(*paths, source_lang="en", target_lang="fr")
 
 
 def _m2m(folder: Path) -> Any:

@@ -101,6 +101,12 @@ def _task_of(config: dict[str, Any]) -> Task:
         ("ForTokenClassification", Task.TOKEN_CLASSIFICATION),
         ("ForQuestionAnswering", Task.QUESTION_ANSWERING),
         ("ForMaskedLM", Task.FEATURE_EXTRACTION),
+        ("ForCausalLM", Task.TEXT_GENERATION),
+        ("MarianMTModel", Task.TRANSLATION),
+        ("M2M100ForConditionalGeneration", Task.TRANSLATION),
+        ("MBartForConditionalGeneration", Task.TRANSLATION),
+        ("BartForConditionalGeneration", Task.SUMMARIZATION),
+        ("PegasusForConditionalGeneration", Task.SUMMARIZATION),
         ("Model", Task.FEATURE_EXTRACTION),
     ):
         if name.endswith(ending):
@@ -110,7 +116,7 @@ def _task_of(config: dict[str, Any]) -> Task:
 
 
 def _labels(config: dict[str, Any], task: Task) -> list[str]:
-    if task in (Task.QUESTION_ANSWERING, Task.TENSOR):
+    if task in (Task.QUESTION_ANSWERING, Task.TENSOR, Task.TEXT_GENERATION, Task.TRANSLATION, Task.SUMMARIZATION):
         return []
     return _id2label(config)
 

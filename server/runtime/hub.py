@@ -22,7 +22,7 @@ _ID = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # Never .bin, .pt, .pkl, .h5, .msgpack or code: only what cannot carry a program.
-SAFE_SUFFIXES = (".json", ".safetensors", ".onnx", ".onnx_data", ".onnx.data", ".txt")
+SAFE_SUFFIXES = (".json", ".safetensors", ".onnx", ".onnx_data", ".onnx.data", ".txt", ".jinja", ".spm", ".model")
 _ATTEMPTS = 5
 _LONGEST_WAIT_S = 30.0
 _CHUNK = 1 << 20

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypedDict, Unpack
 from server.core import Task
 from server.errors import FailedPrecondition, InvalidArgument, ModelRejected, Unavailable
 from server.runtime.adopt import adopt, describe_raw, try_run
+from server.runtime.decoder_source import DecoderBuild, build_text_generator, check_decoder, llama2c_files, prepare_llama2c
 from server.runtime.describe import Description, describe, write_tokenizer
 from server.runtime.hub import FolderOrigin, HubOrigin, Progress, Quiet, RemoteFile, cached, is_hub_id
 from server.runtime.repository import ModelFiles, Repository
@@ -40,7 +41,8 @@ class PullOptions(TypedDict, total=False):
     """`dtype`: "int8" or "float32". `graph`: see the module. `fields` win over what the files say, by the manifest's keys.
 
     `calibration`: texts that the int8 form is fitted to, instead of the general ones. `endpoint`: of the hub, default HF_ENDPOINT.
-    `adapters`: the graph of an encoder gets places for LoRA adapters (those of decoders always have them).
+    `adapters`: the graph of an encoder gets places for LoRA adapters (those of decoders always have them). `effort` of a decoder's
+    quantization: "fast", "normal" or "best".
     """
 
     name: str | None
@@ -51,6 +53,7 @@ class PullOptions(TypedDict, total=False):
     calibration: list[str] | None
     endpoint: str | None
     adapters: bool
+    effort: Literal["fast", "normal", "best"]
 
 
 class _Origin(Protocol):
@@ -90,6 +93,8 @@ def pull(source: str, repository: Repository, *, progress: Progress | None = Non
         raise InvalidArgument(f"dtype {options['dtype'][:32]!r} is not made; int8 and float32 are.", field="dtype")
     if options.get("graph", "auto") not in ("auto", "repository", "own", "export"):
         raise InvalidArgument(f"graph {options['graph'][:32]!r} is unknown; auto, repository, own and export are.", field="graph")
+    if options.get("effort", "normal") not in ("fast", "normal", "best"):
+        raise InvalidArgument(f"effort {options['effort'][:32]!r} is unknown; fast, normal and best are.", field="effort")
     origin = _origin(source, repository, watch, options)
     if MANIFEST in origin.files and origin.kind == "folder":
         watch.stage("copy", 0.0)
@@ -154,13 +159,23 @@ def starter_origin() -> FolderOrigin:
 def _prepare(origin: _Origin, staged: Path, watch: Progress, options: PullOptions) -> dict[str, Any]:
     """Writes model.onnx and tokenizer.json into `staged`; the manifest's fields."""
     task = options.get("task")
+    if task in (None, Task.TEXT_GENERATION) and "config.json" not in origin.files and (old := llama2c_files(origin)):
+        return prepare_llama2c(old, staged, _decoder_build(watch, options))
     if task is Task.TENSOR or (task is None and "config.json" not in origin.files):
         return _prepare_raw(origin, staged)
     if "config.json" not in origin.files:
         message = f"{origin.id} has no config.json, which says what its model is. Add one, or use --task tensor."
         raise ModelRejected(message, file="config.json")
     description = describe(origin.path, task)
+    if description.task in (Task.TRANSLATION, Task.SUMMARIZATION):
+        return _prepare_seq2seq(origin, staged, description, watch, options)
     graph = options.get("graph", "auto")
+    if description.task is Task.TEXT_GENERATION:
+        check_decoder(origin.files, description, graph)
+        _fetch_weights(origin)
+        fields = description.fields | _build(origin, staged, description, watch, options)
+        fields["max_tokens"] = min(fields["max_tokens"], int(_token_limit(origin, description)))
+        return fields
     if graph == "auto" and options.get("adapters", False):
         graph = "own"  # no other has places for adapters
     plan = make_plan(origin.files, description, options.get("dtype", "int8"), graph)
@@ -181,6 +196,22 @@ def _prepare(origin: _Origin, staged: Path, watch: Progress, options: PullOption
     if plan.way == "repository":
         watch.stage("trial run", 0.0)
         try_run(staged, fields)
+    return fields
+
+
+def _prepare_seq2seq(origin: _Origin, staged: Path, description: Description, watch: Progress, options: PullOptions) -> dict[str, Any]:
+    """Both graphs, their weights and tokenizers, made and checked by the trainer's exporter: transformers alone reads every tokenizer."""
+    if options.get("graph", "auto") not in ("auto", "export"):
+        raise InvalidArgument(f"models of {description.task.value} are exported; use --graph auto.", field="graph")
+    make_plan(origin.files, description, "float32", "export")
+    if options.get("dtype", "float32") != "float32":
+        watch.note(f"Models of {description.task.value} are made in float32.")
+    _fetch_weights(origin)
+    for name in sorted(origin.files):
+        if "/" not in name and name.endswith((".spm", ".model")):
+            _must(origin, name)
+    fields = description.fields | _export(origin, staged, description, watch, {**options, "dtype": "float32"})
+    fields.pop("labels")
     return fields
 
 
@@ -292,7 +323,7 @@ def _take_onnx(origin: _Origin, file: str, staged: Path, description: Descriptio
 
 def _fetch_weights(origin: _Origin) -> None:
     for name in sorted(origin.files):
-        if "/" not in name and name.endswith((".safetensors", ".json", ".txt")):
+        if "/" not in name and name.endswith((".safetensors", ".json", ".txt", ".jinja")):
             path = _must(origin, name)
             if name.endswith(".safetensors"):
                 check_safetensors(path)
@@ -306,9 +337,11 @@ def _build(origin: _Origin, staged: Path, description: Description, watch: Progr
         # A folder of its own: the tokenizer may have been made just now, and a source is never written to.
         folder = Path(place)
         for path in origin.folder.iterdir():
-            if path.name.endswith((".json", ".safetensors")) and path.name != TOKENIZER:
+            if path.name.endswith((".json", ".safetensors", ".jinja")) and path.name != TOKENIZER:
                 (folder / path.name).symlink_to(path.resolve())
         (folder / TOKENIZER).symlink_to(staged / TOKENIZER)
+        if description.task is Task.TEXT_GENERATION:
+            return build_text_generator(folder, staged, _decoder_build(watch, options))
         built = build(
             folder,
             staged,
@@ -319,6 +352,10 @@ def _build(origin: _Origin, staged: Path, description: Description, watch: Progr
             adapters=options.get("adapters", False),
         )
     return dict(built.manifest)
+
+
+def _decoder_build(watch: Progress, options: PullOptions) -> DecoderBuild:
+    return DecoderBuild(options.get("dtype", "int8"), options.get("effort", "normal"), options.get("calibration"), watch.stage)
 
 
 def _export(origin: _Origin, staged: Path, description: Description, watch: Progress, options: PullOptions) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from server.runtime.seq2seq.graph import DECODER, ENCODER, write_graphs
 from server.runtime.seq2seq.rules import KEYS, make_rules
 from server.runtime.sessions import Session, Sessions, SessionSettings
 from trainer.export.check import Figures
-from trainer.export.seq2seq_tokenizer import SOURCE, TARGET, Converted, convert
+from trainer.export.seq2seq_tokenizer import SOURCE, TARGET, Converted, convert, load_tokenizer
 
 TASKS = (Task.TRANSLATION, Task.SUMMARIZATION)
 # Relative error of the encoder's output and of the decoder's logits against transformers; a graph outside is not written.
@@ -165,14 +165,14 @@ def _compare(source: Path, out: Path, config: Config, manifest: dict[str, Any]) 
     """Relative errors (RMS over RMS) of what the decoder reads of the encoder, and of its logits over the first steps; top-1 agreement."""
     import torch
     from tokenizers import Tokenizer
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM
 
     spec = manifest["seq2seq"]
     fast = Tokenizer.from_file(str(out / "tokenizer.json"))
     texts = default_texts()[:: max(1, len(default_texts()) // 24)]
     bare = [[min(i, config.source_vocabulary) for i in fast.encode(text).ids] for text in texts]
     bare = [[spec["unknown_token_id"] if i >= config.source_vocabulary else i for i in ids] for ids in bare]
-    original = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    original = load_tokenizer(source)
     same = float(np.mean([ids == original(text, add_special_tokens=False).input_ids for ids, text in zip(bare, texts, strict=True)]))
     any_language = next(iter(spec["languages"].values()), None)
     language = {

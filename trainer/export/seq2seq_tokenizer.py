@@ -46,14 +46,7 @@ class Converted:
 
 def convert(folder: Path, out: Path, model_type: str) -> Converted:
     """Writes tokenizer.json, and target_tokenizer.json where answers are read with other pieces, to `out`; raises ModelRejected."""
-    from transformers import AutoTokenizer
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its files lead to
-        raise ModelRejected(f"transformers cannot load the model's tokenizer: {type(error).__name__}: {str(error)[:300]}") from error
+    tokenizer = load_tokenizer(folder)
     if model_type == "marian":
         return _marian(tokenizer, folder, out)
     if not getattr(tokenizer, "is_fast", False):
@@ -63,6 +56,18 @@ def convert(folder: Path, out: Path, model_type: str) -> Converted:
             )
         return _m2m(tokenizer, folder, out)
     return _fast(tokenizer, out)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Transformers' own tokenizer, its advice left out; raises ModelRejected."""
+    from transformers import AutoTokenizer
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises whatever its files lead to
+        raise ModelRejected(f"transformers cannot load the model's tokenizer: {type(error).__name__}: {str(error)[:300]}") from error
 
 
 def _fast(tokenizer: Any, out: Path) -> Converted:
