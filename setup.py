@@ -107,7 +107,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "pool.h", "products.h", "beam.h", "sampling.h"))],
+    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "pool.h", "products.h", "beam.h", "sampling.h", "sampling_room.h"))],
 )
 
 setup(

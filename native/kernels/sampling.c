@@ -20,7 +20,7 @@ typedef struct {
 /* Bytes of one worker's scratch: the arrays of sampling_rows.c's `room`, of which those a logit come to less than 33 bytes. */
 EXPORT int64_t us_sample_scratch(int64_t vocabulary) {
     const int64_t padded = (vocabulary + 127) / 128 * 128;
-    return (padded * 33 + 40 * 1024 + 63) & ~(int64_t)63;
+    return (padded * 33 + 16 * 1024 + 63) & ~(int64_t)63;
 }
 
 static us_sample_row row_of(const char *isa) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -191,7 +192,7 @@ class GrammarCompiler:
                 tokenizer.no_padding()
                 size = max(self._vocabulary, tokenizer.get_vocab_size(with_added_tokens=True), max(tokenizer.get_vocab().values()) + 1)
                 try:
-                    self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=self._stop_ids)
+                    self._tokenizer = LLTokenizer(_without_special_names(tokenizer.to_str()), n_vocab=size, eos_token=self._stop_ids)
                 except ValueError as error:
                     raise TaskNotSupported(
                         f"answers of a given form need a tokenizer that llguidance reads: {error}. Leave response_format out.",
@@ -262,6 +263,26 @@ class GrammarMasks:
         return self._wide
 
 
+def _without_special_names(described: str) -> str:
+    """A tokenizer.json whose special tokens have names that no text has.
+
+    Otherwise a form's own text that is spelt like one ("<s>") would be taken for it, and a grammar could ask for it.
+    """
+    parsed = json.loads(described)
+    names = {token["content"]: f"<\ue000{token['id']}\ue000>" for token in parsed["added_tokens"] if token["special"]}
+    for token in parsed["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = parsed["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(entry, entry): at for entry, at in model["vocab"].items()}
+    elif model.get("vocab"):
+        model["vocab"] = [[names.get(entry, entry), score] for entry, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    parsed["post_processor"] = None
+    return json.dumps(parsed, ensure_ascii=False)
+
+
 def _key(form: Format) -> tuple[str, str]:
     if form.kind == "choice":
         return form.kind, _choice_text(form.choices)
@@ -278,7 +299,10 @@ def _grammar_text(kind: str, source: str) -> str:
     if kind == "regex":
         return str(LLMatcher.grammar_from_regex(source))
     if kind == "choice":
-        return "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(source)) + "\n"
+        texts = [json.dumps(one, ensure_ascii=False) for one in json.loads(source)]
+        # Lark's strings are JSON's, but take no control characters, of which JSON escapes only those below the blank.
+        texts = [re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match.group()):04x}", text) for text in texts]
+        return "start: " + " | ".join(texts) + "\n"
     return source
 
 
@@ -288,8 +312,9 @@ def _probe(matcher: Any, field: str) -> None:
         matcher.compute_bitmask()
         if matcher.is_error() or matcher.is_stopped():
             break
-        forced = matcher.compute_ff_tokens()
-        if not forced or not matcher.consume_tokens(forced[:64]):
+        forced = matcher.compute_ff_tokens()[:64]
+        sound = matcher.validate_tokens(forced)
+        if not sound or not matcher.consume_tokens(forced[:sound]):
             break
     if matcher.is_error():
         raise _refused(field, _reason(matcher))

@@ -46,7 +46,7 @@ REQUEST: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("field", "values"), SAMPLING)
 def test_sampling_values(field: str, values: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgument, match="expected|knows ids") as refused:
+    with pytest.raises(InvalidArgument, match=r"expected|knows ids") as refused:
         check_request(GenerateRequest(sampling=Sampling(**values)), 100)
     assert refused.value.metadata["field"] == field
     assert field in refused.value.message
@@ -54,7 +54,7 @@ def test_sampling_values(field: str, values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("field", "values"), REQUEST)
 def test_request_values(field: str, values: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgument, match="expected|knows ids") as refused:
+    with pytest.raises(InvalidArgument, match=r"expected|knows ids") as refused:
         check_request(dataclasses.replace(GenerateRequest(), **values), 100)
     assert refused.value.metadata["field"] == field
 
