@@ -217,7 +217,7 @@ class GenerationEngine:
         if ids.min() < 0 or ids.max() >= self.decoder.vocabulary:
             raise InvalidArgument(f"the prompt has token ids outside 0..{self.decoder.vocabulary - 1}", field="prompt")
         if not 1 <= job.n <= self.settings.max_sequences:
-            raise InvalidArgument(f"{job.n} answers were asked for; 1 to {self.settings.max_sequences} run at a time", field="n")
+            raise InvalidArgument(f"{job.n} answers were asked for; 1 to {self.settings.max_sequences} run at a time", field="sampling.n")
         if job.matcher is not None and not self._grammars:
             raise InvalidArgument(f"model {self.name!r} has no grammars; ask without a response format", field="response_format")
 
