@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -46,6 +46,7 @@ def pull(
     graph: GraphOption = "auto",
     pooling: Annotated[str | None, typer.Option(help="mean, cls or last; else from the model's files.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Texts, one a line, that int8 is fitted to; else general English.")] = None,
+    effort: Annotated[str, typer.Option(help="Of a decoder's quantization: fast, normal or best.")] = "normal",
     adapters: Annotated[bool, typer.Option("--adapters", help="An encoder with places for LoRA adapters; decoders have them.")] = False,
     models: ModelsOption = None,
 ) -> None:
@@ -53,6 +54,9 @@ def pull(
     from server.runtime.pull import pull as run
 
     options = _options(name, task, dtype, graph)
+    if effort not in ("fast", "normal", "best"):
+        raise InvalidArgument(f"--effort {effort!r} is unknown; fast, normal and best are.", field="effort")
+    options["effort"] = cast("Literal['fast', 'normal', 'best']", effort)
     if adapters:
         options["adapters"] = True
     if pooling is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from server.core import Task
 from server.errors import InvalidArgument, ManifestInvalid, ModelRejected
-from server.runtime.manifest import FileEntry, Manifest
+from server.runtime.decoder.contract import page_bytes
+from server.runtime.manifest import Decoder, FileEntry, Manifest
 from server.runtime.onnx_scan import scan_onnx
 
 MANIFEST = "manifest.json"
@@ -26,6 +27,7 @@ SUFFIXES = (".onnx", ".safetensors", ".json", ".txt", ".jinja", ".onnx_data", ".
 MAX_FILES = 64
 _MAX_MANIFEST = 1 << 20
 _MAX_JSON = 128 << 20
+MAX_TEMPLATE = 256 << 10
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[0-9]{1,9}")
 RESERVED = frozenset({"adapters"})  # a folder of the repository's root that is no model
@@ -122,6 +124,10 @@ def _check_meaning(manifest: Manifest, where: str) -> None:
     for graph in (manifest.seq2seq.encoder, manifest.seq2seq.decoder) if manifest.seq2seq is not None else (MODEL,):
         if graph not in files:
             raise wrong("files", f"it lists no {graph}, the graph that is served. Add it with its SHA-256 and size.")
+    if (manifest.form == "decoder") != (manifest.decoder is not None):
+        raise wrong("decoder", "form 'decoder' and the part 'decoder' belong together; one is there without the other.")
+    if manifest.decoder is not None:
+        _check_decoder(manifest.decoder, set(files), wrong)
     if (manifest.form == "tensor") != (manifest.task is Task.TENSOR):
         raise wrong("form", f"form {manifest.form!r} and task {manifest.task.value!r} contradict; raw models have 'tensor' in both.")
     if manifest.form != "tensor":
@@ -135,6 +141,26 @@ def _check_meaning(manifest: Manifest, where: str) -> None:
         raise wrong("labels", "a label occurs twice.")
     if any(not 0 < size <= manifest.hidden_size for size in manifest.dimensions):
         raise wrong("dimensions", f"each of its dimensions must be from 1 to hidden_size, {manifest.hidden_size}.")
+
+
+def _check_decoder(decoder: Decoder, files: set[str], wrong: Callable[[str, str], ManifestInvalid]) -> None:
+    """The engine lays out pages and adapters by these numbers, and the kernels trust it to."""
+    if missing := sorted(set(decoder.graphs.values()) - files):
+        raise wrong("decoder.graphs", f"it names {missing[0]!r}, which is not among its files.")
+    if MODEL not in decoder.graphs.values():
+        raise wrong("decoder.graphs", f"none of its forms is {MODEL}.")
+    expected = page_bytes(decoder.kv_heads, decoder.head_dim, decoder.kv_dtype, decoder.page)
+    if decoder.page_bytes != expected or decoder.heads % decoder.kv_heads:
+        raise wrong("decoder.page_bytes", f"pages of {decoder.page_bytes} bytes do not fit its heads and type; {expected} do.")
+    for token in [*decoder.stop_token_ids, *([] if decoder.bos_token_id is None else [decoder.bos_token_id])]:
+        if not 0 <= token < decoder.vocabulary:
+            raise wrong("decoder.stop_token_ids", f"token {token} is outside of its vocabulary of {decoder.vocabulary}.")
+    targets = decoder.lora.targets if decoder.lora is not None else []
+    width = decoder.lora.width if decoder.lora is not None else 0
+    if sorted(target.index for target in targets) != list(range(len(targets))) or any(
+        max(target.a + target.inputs, target.b + target.outputs) > width for target in targets
+    ):
+        raise wrong("decoder.lora", "its targets do not lie within the width, or are not numbered 0, 1, 2, ...")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -205,8 +231,20 @@ def check_insides(folder: Path, names: Iterable[str]) -> None:
             check_safetensors(folder / name)
         elif name.endswith(".json"):
             read_json(folder / name)
+        elif name.endswith(".jinja"):
+            _check_template(folder / name)
     for name in sorted(external - names):
         raise ModelRejected(f"the graph takes data from {name!r}, which the manifest does not list. Add the folder again.", file=name)
+
+
+def _check_template(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_TEMPLATE:
+        raise ModelRejected(f"{path.name} has {size} bytes; chat templates have at most {MAX_TEMPLATE}.", file=path.name)
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelRejected(f"{path.name} is not UTF-8 text. Pull the model again.", file=path.name) from None
 
 
 def read_json(path: Path, limit: int = _MAX_JSON) -> Any:
