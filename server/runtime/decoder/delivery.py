@@ -61,9 +61,8 @@ class Delivery:
         self._step_s = 0.0
         self._last_step = 0.0
 
-    def begin(self, plan: Plan) -> Draw:
-        """Says which rows need logits, and has the masks made while the graph runs."""
-        draw = Draw(plan.finishing())
+    def begin(self, plan: Plan, draw: Draw) -> None:
+        """Finds who draws from which row, and has the masks made while the graph runs."""
         grammar = False
         for row, place in enumerate(draw.places):
             candidate = plan.rows[place]
@@ -78,7 +77,6 @@ class Delivery:
             assert self._masks is not None, "a job with a grammar was let in"
             self._masks.start([c.matcher for c in draw.candidates])
             draw.masked = True
-        return draw
 
     def abandon(self, draw: Draw) -> None:
         """The run failed: nothing is drawn."""

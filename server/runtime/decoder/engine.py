@@ -31,7 +31,7 @@ from server.errors import (
     UnderstudyError,
 )
 from server.runtime.decoder.contract import Job, Masks, Piece, Stream
-from server.runtime.decoder.delivery import Delivery, Drawn
+from server.runtime.decoder.delivery import Delivery, Draw, Drawn
 from server.runtime.decoder.door import Arrived, Door
 from server.runtime.decoder.forms import Forms, measure
 from server.runtime.decoder.pace import Pace
@@ -87,7 +87,6 @@ class GenerationEngine:
             PrefixCache(self._pool, self.decoder.page, enabled=settings.prefix_cache),
             self._pace,
             self._runner.copy_page,
-            page=self.decoder.page,
             max_sequences=settings.max_sequences,
             token_budget=settings.token_budget,
         )
@@ -261,12 +260,13 @@ class GenerationEngine:
 
     def _step(self, plan: Plan) -> None:
         form = self._forms.choose(plan.tokens, seeded=any(c.seeded for c in plan.rows))
-        draw = self._delivery.begin(plan)
-        self._runner.load(form, plan, draw.places)
-        # The event loop hears of the step before as this one lets go of the interpreter: else each would wait for the other.
-        self._delivery.send()
-        began = time.monotonic()
+        draw = Draw(plan.finishing())
         try:
+            self._delivery.begin(plan, draw)
+            self._runner.load(form, plan, draw.places)
+            # The event loop hears of the step before as this one lets go of the interpreter: else each would wait for the other.
+            self._delivery.send()
+            began = time.monotonic()
             logits = self._runner.run()
         except Exception as error:
             self._delivery.abandon(draw)

@@ -7,6 +7,8 @@ from bisect import bisect_right
 _FADE = 0.9
 _SLOWEST = 3.0  # however many prompts wait, a step takes at most so much longer than without them
 _LOOK_AFTER = 12  # steps with pieces of prompts, until one without them shows again what the answers alone take
+_LONGEST_ALONE_S = 0.4
+_LEAST_ALONE = 128
 _CREDIBLE = 3.0  # a step that took so many times longer than expected shows a pause of the machine, not what it costs
 
 
@@ -45,9 +47,9 @@ class Pace:
                 self.learn(rows, seconds)
             factor = min(seconds / self._curve(rows), _CREDIBLE * self._decode)
             self._decode = _FADE * self._decode + (1.0 - _FADE) * factor
-        elif rows:
-            self._chunk_steps += 1
-            each = max(0.0, seconds - self.decode_seconds(rows)) / chunk
+        else:
+            self._chunk_steps += rows > 0
+            each = max(0.0, seconds - (self.decode_seconds(rows) if rows else 0.0)) / chunk
             if self._token_s == 0.0:
                 self._token_s = max(each, 1e-9)
             self._token_s = max(1e-9, _FADE * self._token_s + (1.0 - _FADE) * min(each, _CREDIBLE * self._token_s))
@@ -57,7 +59,12 @@ class Pace:
         return self._decode * self._curve(rows) if self._rows else 0.0
 
     def chunk(self, rows: int, prompts: int) -> int:
-        """Prompt tokens that may enter a step of `rows` answers while `prompts` prompts have not been run."""
+        """Prompt tokens that may enter a step of `rows` answers while `prompts` prompts have not been run.
+
+        Without answers a step is bounded too, so that whoever comes or leaves meanwhile does not wait for long.
+        """
+        if rows == 0:
+            return max(_LEAST_ALONE, int(_LONGEST_ALONE_S / self._token_s)) if self._token_s else _LEAST_ALONE
         if self._chunk_steps >= _LOOK_AFTER:
             return 0
         base = self.decode_seconds(rows)

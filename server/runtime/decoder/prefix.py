@@ -44,7 +44,7 @@ class PrefixCache:
 
     def __init__(self, pool: PagePool, page: int, *, enabled: bool = True) -> None:
         self._pool = pool
-        self._page = page
+        self.page = page
         self.enabled = enabled
         self._roots: dict[str, _Node] = {}
         # Oldest first. A parent is always younger than its children, so that leaves come first.
@@ -62,7 +62,7 @@ class PrefixCache:
         node = self._roots.get(key)
         if node is None:
             return found
-        size = self._page
+        size = self.page
         index = base // size
         path: list[_Node] = []
         while (index + 1) * size <= positions:
@@ -75,23 +75,21 @@ class PrefixCache:
                 found.pure += 1
             path.append(child)
             node, index = child, index + 1
-        self._copy_in_part(node, ids, base, index, positions, found, pure)
+        begin = index * size - base
+        if begin >= 0:
+            self._copy_in_part(node, ids[begin : begin + min(positions - index * size, size)], found, pure=pure)
         self._touch(path)
         return found
 
-    def _copy_in_part(self, node: _Node, ids: IntArray, base: int, index: int, positions: int, found: Match, pure: bool) -> None:
-        size = self._page
-        begin = index * size - base
-        room = min(positions - index * size, size)
-        if begin < 0 or room < size // 2 or not node.starts:
-            return
-        child = node.starts.get(ids[begin : begin + size // 2].tobytes())
+    def _copy_in_part(self, node: _Node, ids: IntArray, found: Match, *, pure: bool) -> None:
+        """Finds a page below `node` that begins with at least half a page of `ids`."""
+        half = self.page // 2
+        child = node.starts.get(ids[:half].tobytes()) if len(ids) >= half else None
         if child is None or (pure and not child.pure):
             return
-        mine = ids[begin : begin + room].tobytes()
-        width = len(mine) // room
-        same = size // 2
-        while same < room and mine[same * width : (same + 1) * width] == child.name[same * width : (same + 1) * width]:
+        mine, width = ids.tobytes(), ids.itemsize
+        same = half
+        while same < len(ids) and mine[same * width : (same + 1) * width] == child.name[same * width : (same + 1) * width]:
             same += 1
         self._pool.hold(child.page)
         found.source, found.copied, found.source_pure = child.page, same, child.pure
@@ -103,7 +101,7 @@ class PrefixCache:
         """
         if not self.enabled:
             return
-        size = self._page
+        size = self.page
         node = self._roots.get(key)
         if node is None:
             if positions // size <= base // size:
@@ -188,8 +186,8 @@ class PrefixCache:
         self._pool.forget(node.page)
 
     def _name(self, ids: IntArray, base: int, index: int) -> bytes:
-        begin = index * self._page - base
-        return ids[max(0, begin) : begin + self._page].tobytes()
+        begin = index * self.page - base
+        return ids[max(0, begin) : begin + self.page].tobytes()
 
     def _touch(self, path: list[_Node]) -> None:
         order = self._order

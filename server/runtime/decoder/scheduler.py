@@ -72,7 +72,6 @@ class Scheduler:
         pace: Pace,
         copy_page: Callable[[int, int], None],
         *,
-        page: int,
         max_sequences: int,
         token_budget: int,
     ) -> None:
@@ -84,7 +83,7 @@ class Scheduler:
         self.stored: dict[str, StoredPrefix] = {}
         self.suspects: deque[Candidate] = deque()  # took part in a step that failed: each has its next step alone
         self._sharing = cache.enabled
-        self._page = page
+        self._page = cache.page
         self._copy_page = copy_page
         self._max_sequences = max_sequences
         self._budget = max(token_budget, max_sequences)
@@ -114,9 +113,7 @@ class Scheduler:
             return plan
         self._yield_to_urgent(plan)
         decoding = sum(c.pending == 1 for c in self.running)
-        room = self._budget - decoding
-        if decoding:
-            room = min(room, self.pace.chunk(decoding, len(self.running) - decoding + len(self.waiting)))
+        room = min(self._budget - decoding, self.pace.chunk(decoding, len(self.running) - decoding + len(self.waiting)))
         chunks: list[tuple[Candidate, int]] = []
         room = self._continue(plan, chunks, room)
         if self.waiting and room > 0 and self._slots:

@@ -220,7 +220,7 @@ async def test_what_cannot_run_is_refused_with_the_reason(model: Model) -> None:
             (greedy([3], 0), "max_tokens"),
             (greedy([VOCABULARY], 1), "prompt"),
             (greedy([-1], 1), "prompt"),
-            (greedy([3], 1, n=5), "n"),
+            (greedy([3], 1, n=5), "sampling.n"),
             (greedy([3], 1, sampling=Sampling(temperature=-1.0)), "sampling"),
         ]:
             with pytest.raises(InvalidArgument) as wrong:
@@ -407,3 +407,40 @@ async def test_who_left_hears_when_the_job_is_out(model: Model) -> None:
             except Cancelled:
                 pass
         await idle(engine)
+
+
+async def test_metrics_tell_what_was_done(model: Model, prompts: list[list[int]]) -> None:
+    from server.metrics import Metrics
+
+    metrics = Metrics()
+    async with opened(model, observer=metrics) as engine:
+        for _ in range(2):
+            await run_offline(engine, [greedy(prompt, 20) for prompt in prompts[:8]])
+        await idle(engine)
+
+    def value(name: str, **labels: str) -> float:
+        found = metrics.registry.get_sample_value(f"understudy_generation_{name}", {"model": "tiny", "version": "1", **labels})
+        assert found is not None, name
+        return found
+
+    tokens = sum(len(prompt) for prompt in prompts[:8])
+    assert value("tokens_total") == 2 * 8 * 20 and value("prompt_tokens_total") == 2 * tokens
+    assert 0.4 * tokens < value("prefix_hit_tokens_total") < tokens
+    assert value("first_token_seconds_count") == 16 and value("inter_token_seconds_count") == 2 * 8 * 19
+    assert value("step_seconds_count", form="float32") >= 40 and value("pages_capacity") == engine.pages.count
+    assert value("running") == 0 and metrics.counts("tiny", "1").sequences == 16
+
+
+async def test_memory_stays_however_many_answers_come(model: Model, prompts: list[list[int]]) -> None:
+    async with opened(model, {"kv_cache_bytes": 2 << 20}) as engine:
+
+        async def some(count: int) -> None:
+            random = np.random.default_rng(count)
+            for _ in range(count):
+                jobs = [greedy(random.integers(3, VOCABULARY, 40).tolist(), 8, n=2, sampling=Sampling(seed=1)) for _ in range(8)]
+                await run_offline(engine, jobs)
+
+        await some(30)  # the pool is full and the cache evicts from here on
+        before = psutil.Process().memory_info().rss
+        await some(60)
+        assert psutil.Process().memory_info().rss - before < 2 << 20

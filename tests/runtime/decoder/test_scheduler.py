@@ -41,7 +41,6 @@ class World:
             PrefixCache(self.pool, PAGE, enabled=self.cache),
             Pace(1.2, 4),
             self.copy,
-            page=PAGE,
             max_sequences=self.sequences,
             token_budget=self.budget,
         )
