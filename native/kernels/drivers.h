@@ -22,7 +22,8 @@ typedef struct { int64_t rows, step; } deal;
 static inline deal deal_rows(int64_t rows, int64_t cols, int64_t least) {
     int64_t step = least / (cols > 0 ? cols : 1) + 1;
     if (rows / step >= MOST_TASKS) step = (rows + MOST_TASKS - 1) / MOST_TASKS;
-    return (deal){rows, step};
+    const int64_t runs = (rows + step - 1) / step;
+    return (deal){rows, runs ? (rows + runs - 1) / runs : 1};
 }
 
 static inline size_t tasks(deal d) { return (size_t)((d.rows + d.step - 1) / d.step); }

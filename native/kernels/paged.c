@@ -12,17 +12,21 @@
 #include "decoder.h"
 #include "rows.h"
 
-#if defined(__AVX512F__) && !defined(US_VW)
-enum { REGISTERS = 24 };
+/* Accumulators that leave room for operands, and rows that meet a key at once. */
+#if defined(US_VW)
+enum { REGISTERS = 4, ROWS = 3 }; /* a vector is several registers: less code, as it is only for tests */
+#elif defined(__AVX512F__)
+enum { REGISTERS = 24, ROWS = 6 };
+#elif defined(__AVX2__)
+enum { REGISTERS = 12, ROWS = 6 };
 #else
-enum { REGISTERS = 12 }; /* accumulators that leave room for operands among 16 */
+enum { REGISTERS = 12, ROWS = 3 };
 #endif
 
 enum {
     TILE_PAGES = 4,
     TILE = TILE_PAGES * US_PAGE,
-    PV = US_PAGE / VW,             /* vectors of a page's positions */
-    ROWS = VW == 4 ? 3 : 6         /* rows that meet a key at once */
+    PV = US_PAGE / VW              /* vectors of a page's positions */
 };
 #define LEAST -3.4e38f
 
@@ -139,12 +143,22 @@ void ISA_NAME(us_paged_write)(const us_paged_args *a, int64_t sequence, int64_t 
     }
 }
 
+INLINE vf load_int8(const int8_t *p) {
+#if defined(__AVX512F__) && !defined(US_VW)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__) && !defined(US_VW)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    vs8 v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, vi), vf);
+#endif
+}
+
 INLINE vf load_kv(const void *p, int64_t index, int type) {
     if (type == US_KV_FLOAT32) return vload((const float *)p + index);
     if (type == US_KV_BFLOAT16) return load_bfloat16((const uint16_t *)p + index, VW);
-    vs8 v;
-    memcpy(&v, (const int8_t *)p + index, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, vi), vf);
+    return load_int8((const int8_t *)p + index);
 }
 
 /* score[row][position] = sum over d of q[d][row] * k[d][position], for R rows and the `pages` pages from `page` on */
@@ -152,13 +166,27 @@ INLINE void score_pages(const float *restrict q, int64_t dim, const tile *t, int
     vf acc[ROWS][TILE_PAGES * PV];
     for (int r = 0; r < R; r++)
         for (int i = 0; i < pages * PV; i++) acc[r][i] = vset(0);
-    for (int64_t d = 0; d < dim; d++)
+    /* Whichever operand there are fewer of is kept in registers while the other passes. */
+    for (int64_t d = 0; d < dim; d++) {
+        if (R <= 3) {
 #pragma GCC unroll 16
-        for (int i = 0; i < pages * PV; i++) {
-            const vf key = load_kv(t->k[page + i / PV], d * US_PAGE + i % PV * VW, type);
+            for (int i = 0; i < pages * PV; i++) {
+                const vf key = load_kv(t->k[page + i / PV], d * US_PAGE + i % PV * VW, type);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++) acc[r][i] += q[d * ROWS + r] * key;
+                for (int r = 0; r < R; r++) acc[r][i] += q[d * ROWS + r] * key;
+            }
+            continue;
         }
+        vf key[TILE_PAGES * PV];
+#pragma GCC unroll 16
+        for (int i = 0; i < pages * PV; i++) key[i] = load_kv(t->k[page + i / PV], d * US_PAGE + i % PV * VW, type);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const float x = q[d * ROWS + r];
+#pragma GCC unroll 16
+            for (int i = 0; i < pages * PV; i++) acc[r][i] += x * key[i];
+        }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -285,23 +313,23 @@ INLINE void attend_rows(const block *b, const tile *t, int64_t start, int type) 
         }
 }
 
+/* rows x cols elements to floats, `stride` apart with zeros between. */
 INLINE void widen(const void *from, int64_t rows, int64_t cols, float *restrict to, int64_t stride, int type) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t c = 0; c < stride; c++) {
+    for (int64_t i = 0; i < rows; i++, to += stride) {
+        int64_t c = 0;
+        for (; c + VW <= cols; c += VW) vstore(to + c, load_kv(from, i * cols + c, type));
+        for (; c < cols; c++) {
             const int64_t at = i * cols + c;
-            uint32_t bits = 0;
-            float x = 0;
-            if (c >= cols)
-                x = 0;
-            else if (type == US_KV_FLOAT32)
-                x = ((const float *)from)[at];
-            else if (type == US_KV_BFLOAT16) {
-                bits = (uint32_t)((const uint16_t *)from)[at] << 16;
-                memcpy(&x, &bits, sizeof x);
-            } else
-                x = ((const int8_t *)from)[at];
-            to[i * stride + c] = x;
+            uint32_t bits;
+            if (type == US_KV_FLOAT32)
+                to[c] = ((const float *)from)[at];
+            else if (type == US_KV_INT8)
+                to[c] = ((const int8_t *)from)[at];
+            else
+                bits = (uint32_t)((const uint16_t *)from)[at] << 16, memcpy(to + c, &bits, sizeof bits);
         }
+        for (; c < stride; c++) to[c] = 0;
+    }
 }
 
 /* Points at the pages of positions [start + from, start + to). Where many rows will read them, or a row of V is no whole number of vectors,

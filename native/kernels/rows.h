@@ -51,6 +51,11 @@ INLINE void quantize(const us_quant *o, const float *restrict w, int64_t row, in
 typedef uint16_t vu16 __attribute__((vector_size(VW * 2)));
 
 INLINE vf load_bfloat16(const uint16_t *p, int64_t n) {
+#if defined(__AVX512F__) && !defined(US_VW)
+    if (n == VW) return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__) && !defined(US_VW)
+    if (n == VW) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#endif
     vu16 v = {0};
     if (n == VW)
         memcpy(&v, p, sizeof v);

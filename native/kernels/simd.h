@@ -21,6 +21,7 @@ enum { VW = 4 };
 
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef int32_t vi __attribute__((vector_size(VW * 4)));
+typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 typedef float v4f __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 
@@ -106,7 +107,7 @@ INLINE vf vexp(vf x) {
     p = p * r + 0.499992281f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return (vf)((vi)p + ((vi)z << 23));
+    return (vf)((vu)p + ((vu)z << 23)); /* unsigned: a NaN's payload may overflow */
 }
 
 /* x * (1 + erf(x / sqrt 2)) / 2 within 1e-6. erf(c / sqrt 2) / 2 = c * p(c^2), minimax (2e-7) in c^2 mapped to [-1, 1] and constant past

@@ -1,5 +1,6 @@
 /* Calls every operator with random shapes and hostile values. Each buffer is a heap block of exactly its size, so that AddressSanitizer sees
  * the first float read or written past an end. Usage: fuzz_kernels <seed> <rounds> */
+#include "../../native/kernels/decoder.h"
 #include "../../native/kernels/ops.h"
 #include "../../native/kernels/products.h"
 
@@ -17,6 +18,11 @@ const char *us_direct_gemm(const char *, const us_gemm_args *);
 const char *us_direct_float_gemm(const char *, const us_float_gemm_args *);
 const char *us_direct_int4_gemm(const char *, const us_int4_gemm_args *);
 const char *us_direct_lora_add(const char *, const us_lora_add_args *);
+
+const char *us_direct_tokens(const char *, const us_tokens_args *);
+const char *us_direct_skip(const char *, const us_skip_args *);
+const char *us_direct_gated(const char *, const us_gated_args *);
+const char *us_direct_paged(const char *, const us_paged_args *);
 
 static uint64_t state;
 static void *blocks[64];
@@ -163,8 +169,76 @@ static void lora_add(void) {
     us_direct_lora_add(NULL, &a);
 }
 
+static void tokens(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(300), words = 1 + upto(50), extra = upto(4);
+    us_tokens_args a = {.rows = rows, .cols = cols, .words = words, .extra_rows = extra, .ids = ids(rows, words + extra), .multiplier = 2.0f,
+                        .bfloat16 = (int32_t)upto(2), .extra = floats(extra * cols), .y = block(rows * cols * 4)};
+    a.table = a.bfloat16 ? memset(block(words * cols * 2), 63, (size_t)(words * cols * 2)) : floats(words * cols);
+    us_direct_tokens(NULL, &a);
+}
+
+static void skip(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(700);
+    us_skip_args a = {.rows = rows, .cols = cols, .x = floats(rows * cols), .row_scale = maybe(rows), .bias = maybe(cols), .residual = maybe(rows * cols),
+                      .inner = maybe(cols), .gamma = floats(cols), .s = upto(2) ? block(rows * cols * 4) : NULL, .epsilon = 1e-6f};
+    if (upto(2))
+        a.quant = quantized(rows, cols);
+    else
+        a.y = block(rows * cols * 4);
+    us_direct_skip(NULL, &a);
+}
+
+static void gated(void) {
+    const int64_t rows = upto(40), cols = 1 + upto(400);
+    us_gated_args a = {.rows = rows, .cols = cols, .x = floats(rows * 2 * cols), .row_scale = maybe(rows), .bias = maybe(2 * cols), .kind = (int32_t)upto(4)};
+    if (upto(2))
+        a.y = block(rows * cols * 4);
+    else
+        a.quant = quantized(rows, cols);
+    us_direct_gated(NULL, &a);
+}
+
+/* A pool whose bytes are anything, so that positions that were never written hold anything too. */
+static void pages_of(us_paged_args *a, int32_t *cu, int32_t *past, const int64_t head_bytes) {
+    for (int64_t s = 0; s < a->sequences; s++) {
+        past[s] = (int32_t)(upto(8) ? upto(90) : upto(2500));
+        cu[s + 1] = cu[s] + (int32_t)(upto(3) ? upto(3) : upto(70));
+        const int64_t pages = (past[s] + cu[s + 1] - cu[s] + US_PAGE - 1) / US_PAGE;
+        a->width = pages > a->width ? pages : a->width;
+    }
+    a->tokens = cu[a->sequences];
+    int32_t *table = block(a->sequences * a->width * 4);
+    for (int64_t i = 0; i < a->sequences * a->width; i++) table[i] = (int32_t)upto(a->pages);
+    if (a->sequences && a->width && upto(10) == 0) table[upto(a->sequences * a->width)] = upto(2) ? -1 : (int32_t)a->pages;
+    if (a->sequences && upto(10) == 0) past[upto(a->sequences)] += (int32_t)upto(40) - 20;
+    if (a->sequences && upto(10) == 0) cu[upto(a->sequences + 1)] += (int32_t)upto(9) - 4;
+    a->cu = cu, a->past = past, a->table = table;
+    a->page_bytes = a->kv_heads * head_bytes;
+    const int64_t bytes = a->layers * a->pages * a->page_bytes;
+    a->pool = block(bytes);
+    for (int64_t i = 0; i < bytes; i++) a->pool[i] = (uint8_t)upto(256);
+}
+
+static void page(void) {
+    static const int64_t sizes[] = {4, 2, 1};
+    const int64_t dim = upto(3) ? 32 << upto(2) : 1 + upto(256), kv_heads = 1 + upto(2), group = 1 + upto(8), sequences = upto(6);
+    us_paged_args a = {.sequences = sequences, .layers = 1 + upto(2), .pages = 1 + upto(12), .kv_heads = kv_heads, .heads = kv_heads * group, .dim = dim,
+                       .kv_dtype = (int32_t)upto(3), .window = upto(2) ? 0 : upto(100), .softcap = upto(2) ? 0.0f : 5.0f, .epsilon = 1e-6f};
+    a.layer = upto(a.layers);
+    pages_of(&a, memset(block((sequences + 1) * 4), 0, 4), block(sequences * 4), 2 * dim * US_PAGE * sizes[a.kv_dtype] + (a.kv_dtype == 2 ? 2 * US_PAGE * 4 : 0));
+    const int64_t width = (a.heads + 2 * kv_heads) * dim, tokens = a.tokens > 0 ? a.tokens : 0;
+    a.positions = upto(20) ? 2600 : 50, a.half = dim > 1 ? 1 + upto(dim / 2) : 0;
+    if (a.half && upto(4)) a.cos = floats(a.positions * a.half), a.sin = floats(a.positions * a.half);
+    a.qkv = floats(tokens * width), a.row_scale = maybe(tokens), a.bias = maybe(width), a.q_gamma = maybe(dim), a.k_gamma = maybe(dim);
+    if (upto(2))
+        a.out = block(tokens * a.heads * dim * 4);
+    else
+        a.quant = quantized(tokens, a.heads * dim);
+    us_direct_paged(NULL, &a);
+}
+
 int main(int count, char **arguments) {
-    static void (*const calls[])(void) = {attend, norm, gelu, embed, gemm, float_gemm, int4_gemm, lora_add};
+    static void (*const calls[])(void) = {attend, norm, gelu, embed, gemm, float_gemm, int4_gemm, lora_add, tokens, skip, gated, page};
     if (count != 3) return 2;
     state = strtoull(arguments[1], NULL, 10);
     const long rounds = strtol(arguments[2], NULL, 10);
