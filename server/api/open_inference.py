@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from server.api import calls, wire
@@ -17,7 +18,7 @@ from server.api import open_inference_generate as generation
 from server.api import open_inference_models as models
 from server.api.open_inference_codec import Array
 from server.api.open_inference_text import TextForm, TextOptions, form_of, infer_text, rewrite_text
-from server.core import Call, Priority, Results
+from server.core import Call, Priority, Results, Timings
 from server.errors import DeadlineExceeded, InvalidArgument, InvalidTensor, ModelNotLoaded, NotFound, UnderstudyError
 from server.runtime.manifest import Manifest
 from server.runtime.runtime import ModelState, Runtime
@@ -155,8 +156,10 @@ class OpenInferenceServicer:
         places = asyncio.Semaphore(STREAM_WINDOW)  # of answers that are being generated
 
         async def generate(request: codec.Request, call: Call) -> None:
-            async for response in self._generate_stream(request, call):
-                await waiting.put(response)
+            try:
+                await self._generate_stream(request, call, waiting.put)
+            except Exception as error:  # a mistake of ours ends the stream, as it does for the other models
+                await waiting.put(error)
 
         async def read() -> None:
             end: Exception | None = None
@@ -182,7 +185,7 @@ class OpenInferenceServicer:
                     running[task] = call
                     await waiting.put(task)
                 if generating:
-                    await asyncio.gather(*generating)
+                    await asyncio.gather(*generating, return_exceptions=True)
             except Exception as error:
                 end = error
             await waiting.put(end)
@@ -210,32 +213,47 @@ class OpenInferenceServicer:
         except UnderstudyError:
             return False  # said where the request is answered
 
-    async def _generate_stream(self, request: codec.Request, call: Call) -> AsyncIterator[bytes]:
+    async def _generate_stream(self, request: codec.Request, call: Call, put: Callable[[bytes], Awaitable[None]]) -> None:
         """One request of a stream to a model that generates: its responses, or its own error."""
         message = request.message
-        final = _flag(message, _FINAL)
         try:
             _apply(message, call)
             codec.check_request(message)
-            manifest = self._runtime.manifest(message.model_name, message.model_version or None)
             ask = generation.read(codec.read_inputs(request))
             if not ask.stream:
-                yield codec.stream_response(await self._infer_in_time(request, call)) + (_FINAL_RESPONSE if final else b"")
+                response = codec.stream_response(await self._infer_in_time(request, call))
+                await put(response + _FINAL_RESPONSE if _flag(message, _FINAL) else response)
                 return
-            header = pb.ModelInferResponse(model_name=manifest.name, model_version=manifest.version, id=message.id)
-            with self._runtime.use_generator(manifest.name, version=manifest.version) as model:
-                async with asyncio.timeout(call.remaining() if "timeout" in message.parameters else None):
-                    async for outputs in generation.pieces(model, ask, call):
-                        wanted = {name: outputs[name] for name in _wanted(message, list(outputs))}
-                        yield codec.stream_response(codec.write_response(header, wanted.items()))
-            if final:
-                end = pb.ModelStreamInferResponse(infer_response=header).SerializeToString()
-                yield end + _FINAL_RESPONSE
+            async with asyncio.timeout(call.remaining() if "timeout" in message.parameters else None):
+                await self._generate_pieces(message, ask, call, put)
         except TimeoutError:
             call.cancelled = True
-            yield self._failed(message, DeadlineExceeded("the request's timeout passed; expected more time.", stage=call.stage or "run"))
+            await put(
+                self._failed(message, DeadlineExceeded("the request's timeout passed; expected more time.", stage=call.stage or "run"))
+            )
         except UnderstudyError as error:
-            yield self._failed(message, error)
+            await put(self._failed(message, error))
+
+    async def _generate_pieces(
+        self, message: pb.ModelInferRequest, ask: generation.Ask, call: Call, put: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        manifest = self._runtime.manifest(message.model_name, message.model_version or None)
+        counted = self._counted.setdefault((manifest.name, manifest.version), models.Counted())
+        header = pb.ModelInferResponse(model_name=manifest.name, model_version=manifest.version, id=message.id)
+        start = time.monotonic()
+        try:
+            with self._runtime.use_generator(manifest.name, version=manifest.version) as model:
+                async with aclosing(generation.pieces(model, ask, call)) as pieces:
+                    async for outputs in pieces:
+                        wanted = {name: outputs[name] for name in _wanted(message, list(outputs))}
+                        await put(codec.stream_response(codec.write_response(header, wanted.items())))
+        except UnderstudyError:
+            counted.failed(time.monotonic() - start)
+            raise
+        took = time.monotonic() - start
+        counted.answered(1, took, Timings(run=took))
+        if _flag(message, _FINAL):
+            await put(pb.ModelStreamInferResponse(infer_response=header).SerializeToString() + _FINAL_RESPONSE)
 
     def _failed(self, message: pb.ModelInferRequest, error: UnderstudyError) -> bytes:
         head = pb.ModelInferResponse(model_name=message.model_name, model_version=message.model_version, id=message.id)

@@ -14,7 +14,7 @@ Outputs: text_output BYTES [n], and those asked for: finish_reason BYTES [n], nu
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ async def whole(model: GeneratorModel, ask: Ask, call: Call) -> tuple[dict[str, 
     return outputs, generation
 
 
-async def pieces(model: GeneratorModel, ask: Ask, call: Call) -> AsyncIterator[dict[str, Array]]:
+async def pieces(model: GeneratorModel, ask: Ask, call: Call) -> AsyncGenerator[dict[str, Array], None]:
     """A stream's responses: the new text of every answer, "" for those that got none."""
     request = ask.request
     if request.n > 1 and request.best_of > request.n:
