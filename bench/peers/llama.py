@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, Path]:
         plain = made / "BF16.gguf"
         write_gguf(folder, plain)
         for form, path in paths.items():
-            subprocess.run([str(tools() / "llama-quantize"), str(plain), str(path), form, "2"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([str(tools() / "llama-quantize"), str(plain), str(path), form, "2"], check=True, capture_output=True)
         plain.unlink()
     return paths
 
