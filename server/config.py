@@ -126,9 +126,11 @@ class RuntimeConfig(_Section):
 
 
 class GenerationConfig(_Section):
-    """The engines of decoder models; sizes are of each model. `kv_cache_bytes` 0: 1 GiB, or a quarter of the free memory where that is less.
+    """The engines of decoder models; sizes are of each model. `kv_cache_bytes` 0: 1 GiB, or a quarter of the free memory if less.
 
-    `adapter_slots` adapters of up to `adapter_rank` fit into a model's bank at a time; 0 turns adapters off.
+    `adapter_slots` adapters of up to `adapter_rank` fit into a model's bank at a time; 0 turns adapters off. Encoders that take adapters
+    have such a bank too. `adapters`: what is loaded with its model, as "model/adapter" (its newest version) or "model/adapter@version"; "*"
+    is every adapter that fits.
     """
 
     max_sequences: int = Field(default=32, ge=1, le=1024)  # answers that run at once
@@ -142,6 +144,7 @@ class GenerationConfig(_Section):
     message_rate: float = Field(default=300.0, gt=0)  # messages a second over all streams, before tokens travel together
     adapter_slots: int = Field(default=8, ge=0, le=1024)
     adapter_rank: int = Field(default=16, ge=1, le=512)
+    adapters: list[str] = ["*"]
 
 
 # Skills, providers, the lake and the registry.

@@ -54,7 +54,7 @@ def make_loader(config: RuntimeConfig, observer: Observer, generation: Generatio
             await model.build(files, in_thread, settings, observer)
             if bank is not None:
                 model.adapters = AdapterSet(files.manifest, files.folder.parents[1] / ADAPTERS, bank)
-                await model.adapters.start()
+                await model.adapters.start(generation.adapters if generation is not None else ("*",))
         except BaseException:
             await model.close(drain=False)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -39,11 +39,12 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True)
 class DecoderSettings:
-    """The engine's bounds, and how many adapters of which rank fit into the bank; 0 slots turn adapters off."""
+    """The engine's bounds, how many adapters of which rank fit into the bank (0 slots turn adapters off), and which are loaded at once."""
 
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     adapter_slots: int = 8
     adapter_rank: int = 16
+    adapters: Sequence[str] = ("*",)
 
     @classmethod
     def of(cls, config: GenerationConfig | None) -> DecoderSettings:
@@ -51,7 +52,7 @@ class DecoderSettings:
         if config is None:
             return cls()
         bounds = {one.name: getattr(config, one.name) for one in fields(GenerationSettings) if hasattr(config, one.name)}
-        return cls(GenerationSettings(**bounds), config.adapter_slots, config.adapter_rank)
+        return cls(GenerationSettings(**bounds), config.adapter_slots, config.adapter_rank, config.adapters)
 
 
 class LoadedDecoder:
@@ -103,7 +104,7 @@ class LoadedDecoder:
             )
         )
         await self._warm(manifest.name)
-        await self.adapters.start()
+        await self.adapters.start(settings.adapters)
 
     async def close(self, drain: bool) -> None:
         """Finishes accepted answers if `drain`, stops the thread, drops the graphs and gives their memory back."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from server.core import FloatArray
 from server.errors import ModelRejected
+from server.runtime.lora.layout import check_layout
 from server.runtime.lora.weights import LoraWeights
 from server.runtime.manifest import LoraLayout
 
@@ -38,7 +39,9 @@ class AdapterBank:
     """
 
     def __init__(self, layout: LoraLayout, slots: int, rank: int) -> None:
+        """Raises ManifestInvalid for a layout that contradicts itself."""
         assert slots >= 0 and rank >= 1, (slots, rank)
+        check_layout(layout)
         self.layout = layout
         self.slots = slots
         self.rank = rank if slots else 1

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from server.core import IntArray
+from server.errors import ManifestInvalid
 from server.runtime.adapter_folder import Base
 from server.runtime.manifest import LoraLayout, LoraTarget, Manifest
 from server.runtime.verify import MODEL
@@ -44,6 +45,19 @@ def rows_of(targets: Sequence[tuple[LoraTarget, int]]) -> IntArray:
     """The operators' input `lora_layout` int64[n, 6] of one product, from its targets and the first column that each one writes."""
     rows = [(t.a, t.b, column, t.outputs, t.index, t.inputs) for t, column in targets]
     return np.asarray(rows, dtype=np.int64).reshape(-1, 6)
+
+
+def check_layout(layout: LoraLayout) -> None:
+    """Raises ManifestInvalid where targets lie outside of the bank's rows, or two of them have one name or number."""
+    names, numbers = {target.name for target in layout.targets}, {target.index for target in layout.targets}
+    outside = [t for t in layout.targets if max(t.a + t.inputs, t.b + t.outputs) > layout.width or t.index >= len(layout.targets)]
+    if outside or len(names) != len(layout.targets) or len(numbers) != len(layout.targets):
+        what = f"{outside[0].name[:128]!r} lies outside of it" if outside else "two targets have one name or index"
+        raise ManifestInvalid(
+            f"the manifest's layout of adapters is {layout.width} wide and has {len(layout.targets)} targets, but {what}. "
+            "Pull the model again.",
+            key="lora",
+        )
 
 
 def layout_of(manifest: Manifest) -> LoraLayout | None:

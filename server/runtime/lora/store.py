@@ -192,11 +192,15 @@ class AdapterSet:
         return [AdapterStatus(entry.manifest, False, entry.users, False) for entry in doomed]
 
     async def start(self, wanted: Sequence[str] = ("*",)) -> None:
-        """Loads adapters by "name", "name@version" or "*" (the newest of each that fits the base). One that is refused keeps out no other;
-        the log says why.
+        """Loads adapters by "base/name", "base/name@version" (those of other bases are passed over) or "*": the newest of each.
+
+        One that is refused keeps out no other; the log says why.
         """
         for spec in wanted:
-            for one in await asyncio.to_thread(self._names) if spec == "*" else [spec]:
+            base, _, own = spec.partition("/")
+            if spec != "*" and base != self.base.name:
+                continue
+            for one in await asyncio.to_thread(self._names) if spec == "*" else [own]:
                 name, _, version = one.partition("@")
                 try:
                     await self.load(name, version or None)

@@ -243,7 +243,7 @@ async def test_prefixes_and_prompts_go_to_the_engine(tmp_path: Path) -> None:
     publish(tmp_path, base, "prompt", prompt)
     pages = Pages()
     adapters = AdapterSet(base, tmp_path, bank_of(base), pages)
-    await adapters.start(["prefix", "prompt@1"])
+    await adapters.start(["tiny/prefix", "tiny/prompt@1", "other/prompt", "tiny/unknown"])
     use, other = await adapters.acquire("prefix"), await adapters.acquire("prompt")
     assert (use.slot, use.prefix, other.slot, other.prefix) == (-1, 5, -1, 3)
     np.testing.assert_array_equal(pages.held["prefix@1"][1], prefix.values)
@@ -261,7 +261,7 @@ async def test_a_file_that_changes_between_two_uses_is_refused(tmp_path: Path) -
     publish(tmp_path, base, "b", weights_of(2))
     bank = bank_of(base, slots=1)
     adapters = AdapterSet(base, tmp_path, bank)
-    await adapters.start(["a", "b"])
+    await adapters.start(["tiny/a", "tiny/b"])
     data = bytearray((folder / "adapter.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "adapter.safetensors").write_bytes(data)
@@ -364,6 +364,15 @@ def test_the_bank_is_aligned_keeps_bfloat16_and_knows_its_size() -> None:
         np.testing.assert_allclose(b, weights.deltas[name].b * SCALE, rtol=2**-8)
     bank.clear(1)
     assert bank.read(1) == {}
+
+
+@pytest.mark.parametrize("change", [{"a": 10**6}, {"index": 10**6}, {"index": 0}, {"name": "model.layers.0.self_attn.q_proj"}])
+def test_a_layout_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
+    layout = layout_of(manifest())
+    assert layout is not None
+    targets = [*layout.targets[:-1], layout.targets[-1].model_copy(update=change)]
+    with pytest.raises(ManifestInvalid, match="layout of adapters"):
+        AdapterBank(layout.model_copy(update={"targets": targets}), 1, 1)
 
 
 def test_rounding_to_bfloat16_is_that_of_torch() -> None:
