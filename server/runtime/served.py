@@ -38,13 +38,9 @@ class Served(Protocol):
 
 
 def tasks_of(manifest: Manifest) -> frozenset[Task]:
-    """Tasks that calls may ask of a model: embeddings also rank and match labels, NLI labels do zero-shot, T5 what its prefixes say."""
-    if manifest.form == "decoder":
+    """Tasks that calls may ask of a model. Embeddings also rank and match labels; NLI labels also do zero-shot."""
+    if manifest.form in ("decoder", "seq2seq"):
         return frozenset((manifest.task,))
-    if manifest.seq2seq is not None:
-        prefixes = " ".join(manifest.seq2seq.prefixes).lower()
-        also = {task for task, word in ((Task.TRANSLATION, "translat"), (Task.SUMMARIZATION, "summar")) if word in prefixes}
-        return frozenset({manifest.task} | also)
     tasks = {manifest.task, Task.TENSOR}
     if manifest.task is Task.FEATURE_EXTRACTION:
         tasks |= {Task.TEXT_RANKING, Task.ZERO_SHOT_CLASSIFICATION}
