@@ -31,7 +31,7 @@ class PromptReader:
         self._model = model
         self._bos = bos_token_id
         self._special = sorted(tokenizer.special_tokens(), key=len, reverse=True)
-        self._find = re.compile("|".join(map(re.escape, self._special))) if self._special else None
+        self._find = re.compile(_any_of(self._special)) if self._special else None
 
     def text(self, prompt: str) -> list[int]:
         """Tokens of a prompt, with those that the tokenizer puts around a sequence, and one at most to begin it."""
@@ -95,6 +95,24 @@ class PromptReader:
                 characters=characters,
                 limit=self._tokenizer.max_tokens,
             )
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """A pattern of the longest of `words` at a place. A thousand alternatives side by side would be tried one by one at every "<"."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for character in word:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        parts = [re.escape(character) + pattern(below) for character, below in node.items() if character]
+        if not parts:
+            return ""
+        return f"(?:{'|'.join(parts)}){'?' if '' in node else ''}"
+
+    return pattern(tree)
 
 
 def special_names(config: Mapping[str, Any], tokenizer: TextTokenizer, bos: int | None, stops: Sequence[int]) -> dict[str, str]:

@@ -32,9 +32,7 @@ def _message(message: Message, field: str) -> dict[str, Any]:
         text = f"{field}.role is {message.role[:40]!r}; expected one of {', '.join(_ROLES)}."
         raise InvalidArgument(text, field=f"{field}.role")
     if message.tool_calls and message.role != "assistant":
-        raise InvalidArgument(
-            f"{field} is of role {message.role} and has tool_calls; only assistant may.", field=f"{field}.tool_calls"
-        )
+        raise InvalidArgument(f"{field} is of role {message.role} and has tool_calls; only assistant may.", field=f"{field}.tool_calls")
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         found["tool_calls"] = [_call(call, f"{field}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)]

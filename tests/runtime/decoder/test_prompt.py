@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from server.errors import InputTooLong, InvalidArgument
 from server.runtime.decoder.chat import ChatTemplate
-from server.runtime.decoder.prompt import PromptReader, special_names
+from server.runtime.decoder.prompt import PromptReader, _any_of, special_names
 from server.runtime.decoder.request import Message, Tool, ToolCall
 from server.runtime.tokenizers import TextTokenizer
 from tests.runtime.decoder.chat_templates import CHATML, LLAMA3, QWEN
@@ -98,6 +100,17 @@ def test_words_of_a_message_are_never_control_tokens(reader: Make) -> None:
     specials = {tokenizer.token_to_id(text) for text in SPECIAL}
     assert [i for i in ids if i in specials] == [i for i in plain if i in specials]
     assert attack in tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_a_thousand_special_tokens_cost_no_more_than_a_few() -> None:
+    words = [f"<|reserved_special_token_{i}|>" for i in range(1000)] + ["<s>", "</s>", "<s>>"]
+    find = re.compile(_any_of(words))
+    assert find.findall("a<s>b<s>><|reserved_special_token_12|><|reserved_special_token_1|></s") == [
+        "<s>", "<s>>", "<|reserved_special_token_12|>", "<|reserved_special_token_1|>",
+    ]  # fmt: skip
+    began = time.process_time()
+    assert not find.search("<|reserved_special_token_" * 20_000)
+    assert time.process_time() - began < 2
 
 
 def test_words_that_look_like_placeholders_are_harmless(reader: Make) -> None:
