@@ -137,8 +137,6 @@ def round_weights(weight: FloatArray, importance: FloatArray, clips: Sequence[fl
     high = np.maximum(np.abs(weight).max(axis=0), TINY)
     best_error = np.full(weight.shape[1], np.inf, dtype=np.float32)
     best_scale = high / 127
-    if len(clips) == 1:  # nothing to compare
-        best_scale, clips = high * np.float32(clips[0]) / 127, ()
     for clip in clips:
         scale = (high * np.float32(clip) / 127).astype(np.float32)
         q = pair_safe(np.clip(np.rint(weight / scale), -127, 127))
