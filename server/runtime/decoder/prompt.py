@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.errors import InputTooLong, InvalidArgument
+from server.errors import InputTooLong, InvalidArgument, ModelRejected
 from server.runtime.decoder.chat import ChatTemplate
 from server.runtime.decoder.request import Message, Tool
 from server.runtime.decoder.tools import template_messages, template_tools
@@ -31,7 +31,10 @@ class PromptReader:
         self._model = model
         self._bos = bos_token_id
         self._special = sorted(tokenizer.special_tokens(), key=len, reverse=True)
-        self._find = re.compile(_any_of(self._special)) if self._special else None
+        try:
+            self._find = re.compile(_any_of(self._special)) if self._special else None
+        except RecursionError:
+            raise ModelRejected(f"the special tokens of model {model!r} nest too deep; expected a few short words.", model=model) from None
 
     def text(self, prompt: str) -> list[int]:
         """Tokens of a prompt, with those that the tokenizer puts around a sequence, and one at most to begin it."""
@@ -107,10 +110,14 @@ def _any_of(words: Sequence[str]) -> str:
         node[""] = {}
 
     def pattern(node: dict[str, Any]) -> str:
+        chain = ""
+        while len(node) == 1 and "" not in node:
+            ((character, node),) = node.items()
+            chain += re.escape(character)
         parts = [re.escape(character) + pattern(below) for character, below in node.items() if character]
         if not parts:
-            return ""
-        return f"(?:{'|'.join(parts)}){'?' if '' in node else ''}"
+            return chain
+        return f"{chain}(?:{'|'.join(parts)}){'?' if '' in node else ''}"
 
     return pattern(tree)
 
