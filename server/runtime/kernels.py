@@ -87,8 +87,8 @@ def single_op_model(
 ) -> bytes:
     """A model of one operator.
 
-    Its inputs are `feeds` in order (None: absent), those named in `constants` as initializers. An output named "q" is u8, one named
-    "" is not wanted, all others are float32.
+    Its inputs are `feeds` in order (None: absent), those named in `constants` as initializers. An output named "q" is u8, "ids"
+    int64, one named "" is not wanted, all others are float32.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -102,7 +102,9 @@ def single_op_model(
     ]
     initializers = [numpy_helper.from_array(np.ascontiguousarray(present[name]), name) for name in constants]
     results = [
-        helper.make_tensor_value_info(name, TensorProto.UINT8 if name == "q" else TensorProto.FLOAT, None) for name in outputs if name
+        helper.make_tensor_value_info(name, {"q": TensorProto.UINT8, "ids": TensorProto.INT64}.get(name, TensorProto.FLOAT), None)
+        for name in outputs
+        if name
     ]
     graph = helper.make_graph([node], op, inputs, results, initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, OPSET)]
@@ -203,7 +205,8 @@ def self_test() -> None:
         "a_zero": np.full((), 117, np.uint8),
     }
     expect_close("Int8Gemm", run_op("Int8Gemm", product, ["y"], {}, constants=["b"])[0], twins.int8_gemm(**product), 5e-6)
-    from server.runtime import kernels_decoder, kernels_products
+    from server.runtime import kernels_beam, kernels_decoder, kernels_products
 
+    kernels_beam.self_test()
     kernels_decoder.self_test()
     kernels_products.self_test()

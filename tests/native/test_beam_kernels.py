@@ -1,13 +1,17 @@
-"""The two operators of beam search against NumPy, through ONNX Runtime."""
+"""The two operators of beam search against their twins, through ONNX Runtime, and under the sanitizers."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from native.kernels import twins_beam
 from server.runtime.kernels import DOMAIN, OPSET, register
 from server.runtime.ort import import_ort
 
@@ -27,11 +31,6 @@ def session(op: str, inputs: dict[str, Array], outputs: dict[str, int], attribut
     options.log_severity_level = 4
     register(options)
     return import_ort().InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def softmax(x: Array) -> Array:
-    e = np.exp(x - x.max())
-    return e / e.sum()
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 8), (4, 16), (3, 64), (2, 5), (2, 31)])
@@ -56,23 +55,9 @@ def test_attention_over_slots(heads: int, dim: int, own: bool) -> None:
     run = session("BeamAttention", feeds, {"y": 1}, {"num_heads": heads, "scale": 0.3, "column": column, "own": int(own)})
     got = run.run(None, feeds)[0]
 
-    value = (x + bias).astype(np.float64)
-    expected_pool = pool.astype(np.float64)
-    if own:
-        for row in range(rows):
-            expected_pool[table[row, lengths[row] - 1], column : column + 2 * inner] = value[row, inner:]
-    for row in range(rows):
-        count = lengths[row]
-        places = table[row, :count] if own else table[row, 0] + np.arange(count)
-        for head in range(heads):
-            at = head * dim
-            keys = expected_pool[places, column + at : column + at + dim]
-            values = expected_pool[places, column + inner + at : column + inner + at + dim]
-            scores = keys @ value[row, at : at + dim] * 0.3
-            if own:
-                scores += relative[head, np.minimum(np.arange(count)[::-1], 8)]
-            np.testing.assert_allclose(got[row, at : at + dim], softmax(scores) @ values, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(feeds["pool"], expected_pool, rtol=1e-6)
+    expected, after = twins_beam.beam_attention(**{**feeds, "pool": pool}, num_heads=heads, scale=0.3, column=column, own=int(own))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(feeds["pool"], after, rtol=1e-6)
     alone = {name: v[2:3] if name not in ("bias", "pool", "relative") else v for name, v in feeds.items()}
     np.testing.assert_array_equal(run.run(None, alone)[0][0], got[2])
 
@@ -112,13 +97,26 @@ def test_top_tokens(cols: int, k: int) -> None:
     logits[2, cols // 2] = 3.0
     feeds = {"logits": logits, "k": np.array([k], np.int64)}
     lse, values, ids = session("TopTokens", feeds, {"lse": 1, "values": 1, "ids": 7}, {}).run(None, feeds)
-    exact = logits.astype(np.float64)
-    most = exact.max(axis=1)
-    np.testing.assert_allclose(lse, most + np.log(np.exp(exact - most[:, None]).sum(axis=1)), rtol=1e-6, atol=1e-6)
-    for row in range(5):
-        order = np.lexsort((np.arange(cols), -logits[row]))[:k]
-        np.testing.assert_array_equal(values[row], logits[row, order])
-        if row != 2:
-            np.testing.assert_array_equal(ids[row], order)
+    expected_lse, expected_values, expected_ids = twins_beam.top_tokens(logits, k)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(values, expected_values)
+    finite = np.isfinite(values)
+    np.testing.assert_array_equal(ids[finite], expected_ids[finite])
     with pytest.raises(Exception, match="TopTokens"):
         session("TopTokens", feeds, {"lse": 1, "values": 1, "ids": 7}, {}).run(None, {**feeds, "k": np.array([cols + 1], np.int64)})
+
+
+WIDTHS = {"4": ["-DUS_VW=4"], "8": ["-march=x86-64-v3"] if platform.machine() == "x86_64" else ["-DUS_VW=8"], "16": ["-DUS_VW=16"]}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_access_leaves_the_arrays(width: str, tmp_path: Path) -> None:
+    """Both loops on arrays of exactly their size, under AddressSanitizer and UBSan, for each width of vectors."""
+    here = Path(__file__).resolve()
+    sources = [here.with_name("fuzz_beam.c"), here.parents[2] / "native" / "kernels" / "beam.c"]
+    flags = ["-std=gnu11", "-O1", "-g", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-DUS_ISA=base"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program = tmp_path / "fuzz"
+    subprocess.run(["cc", *flags, *sanitize, *WIDTHS[width], *map(str, sources), "-o", str(program), "-lm"], check=True)
+    done = subprocess.run([str(program), "300"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
