@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused(session: Session) -> None:
     with pytest.raises(ValueError, match="more than the array holds"):
         bound.shape(0, (2, 3))
     bound.shape(0, (4, 1))
-    bound.shape(1, (1, 3))
+    bound.shape(1, (3, 1))
     with pytest.raises(UnderstudyError):
         bound.run()
     bound.shape(0, (2, 2))

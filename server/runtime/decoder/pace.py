@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 _FADE = 0.9
+_RISE = 0.75  # a token that costs more than thought is believed sooner: answers that stall are worse than a prompt that waits
 _SLOWEST = 3.0  # however many prompts wait, a step takes at most so much longer than without them
 _LOOK_AFTER = 12  # steps with pieces of prompts, until one without them shows again what the answers alone take
 _LONGEST_ALONE_S = 0.4
@@ -52,7 +53,8 @@ class Pace:
             each = max(0.0, seconds - (self.decode_seconds(rows) if rows else 0.0)) / chunk
             if self._token_s == 0.0:
                 self._token_s = max(each, 1e-9)
-            self._token_s = max(1e-9, _FADE * self._token_s + (1.0 - _FADE) * min(each, _CREDIBLE * self._token_s))
+            fade = _FADE if each < self._token_s else _RISE
+            self._token_s = max(1e-9, fade * self._token_s + (1.0 - fade) * min(each, _CREDIBLE * self._token_s))
 
     def decode_seconds(self, rows: int) -> float:
         """What a step of so many decode rows takes; 0 before anything was measured."""
