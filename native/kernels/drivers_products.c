@@ -9,7 +9,9 @@
 enum {
     BLOCK_ROWS = 64,        /* rows of a task: their activations stay in the second-level cache */
     TASK_NS = 6000,         /* a task takes about this long at least: handing one out costs some hundred nanoseconds */
+    LORA_TASK_NS = 20000,   /* with adapters: their rows in the bank are read in longer runs */
     PIECE_BYTES = 64 << 10, /* inputs of a piece of rows with one adapter */
+    FEW_PIECES = 4,
     LORA_COLUMNS = 256      /* of a task that does nothing but add adapters */
 };
 
@@ -78,18 +80,20 @@ static void drop_plan(us_lora_plan *p) {
     free(p->order);
     free(p->piece);
     free(p->hidden);
+    free(p->inverse);
 }
 
 /* Rows in order of their slots (a counting sort), cut into pieces of one slot. */
 static int sort_rows(us_lora_plan *p, int64_t rows) {
     const us_lora *l = p->lora;
     int64_t longest = PIECE_BYTES / (p->depth * 4 + 1);
-    longest = longest < 4 ? 4 : longest > 32 ? 32 : longest;
+    longest = longest < 4 ? 4 : longest > 16 ? 16 : longest;
     int32_t *ends = calloc((size_t)l->slots + 1, sizeof *ends);
     p->order = malloc((size_t)p->count * sizeof *p->order);
     p->piece = malloc((size_t)p->count * sizeof *p->piece);
     p->hidden = malloc((size_t)(p->count * l->parts * l->rank) * sizeof *p->hidden + 1);
-    if (!ends || !p->order || !p->piece || !p->hidden) {
+    p->inverse = p->x ? NULL : malloc((size_t)p->depth * sizeof *p->inverse);
+    if (!ends || !p->order || !p->piece || !p->hidden || (!p->x && !p->inverse)) {
         free(ends);
         return 0;
     }
@@ -99,6 +103,7 @@ static int sort_rows(us_lora_plan *p, int64_t rows) {
     for (int64_t row = 0; row < rows; row++)
         if (l->ids[row] >= 0) p->order[ends[l->ids[row]]++] = (int32_t)row;
     free(ends);
+    for (int64_t k = 0; p->inverse && k < p->depth; k++) p->inverse[k] = 1.0f / p->mult[k];
     for (int32_t i = 0; i < p->count; i++) {
         const int32_t slot = l->ids[p->order[i]];
         us_lora_piece *last = p->piece + p->pieces - 1;
@@ -110,18 +115,23 @@ static int sort_rows(us_lora_plan *p, int64_t rows) {
     return 1;
 }
 
-typedef struct { const us_kernels *kernels; us_lora_plan *plan; atomic_int out_of_memory; } down_job;
+/* A task is a piece, or one part of one where pieces are few: then inputs are made once a part. */
+typedef struct { const us_kernels *kernels; us_lora_plan *plan; int64_t parts; atomic_int out_of_memory; } down_job;
 
 static void down_task(void *data, size_t index) {
     down_job *job = data;
     const us_lora_plan *p = job->plan;
-    const us_lora_piece *piece = p->piece + (int64_t)index / p->lora->parts;
-    float *scratch = p->x ? NULL : malloc((size_t)((piece->end - piece->begin) * p->depth) * sizeof *scratch);
-    if (!p->x && !scratch)
+    const us_products *products = job->kernels->products;
+    const int64_t at = (int64_t)index * job->parts / p->lora->parts, first = (int64_t)index * job->parts % p->lora->parts;
+    const us_lora_piece *piece = p->piece + at;
+    float *inputs = p->x ? NULL : malloc((size_t)((piece->end - piece->begin) * p->depth) * sizeof *inputs);
+    if (!p->x && !inputs) {
         atomic_store(&job->out_of_memory, 1);
-    else
-        job->kernels->products->lora_down(p, (int64_t)index / p->lora->parts, (int64_t)index % p->lora->parts, scratch);
-    free(scratch);
+        return;
+    }
+    if (inputs) products->lora_inputs(p, at, inputs);
+    for (int64_t part = first; part < first + job->parts; part++) products->lora_down(p, at, part, inputs);
+    free(inputs);
 }
 
 /* Finds the rows with adapters and computes A x of each. `p` comes with its inputs; drop_plan is the caller's. */
@@ -135,9 +145,9 @@ static const char *plan_lora(us_lora_plan *p, const us_kernels *kernels, int64_t
     if (wrong) return wrong;
     if (!p->x && !p->mult) return "adapters over quantized inputs need mult";
     p->count = count;
-    down_job job = {.kernels = kernels, .plan = p};
     if (!sort_rows(p, rows)) return "out of memory for the rows with adapters";
-    run(runner, down_task, (size_t)(p->pieces * l->parts), &job);
+    down_job job = {.kernels = kernels, .plan = p, .parts = p->pieces < FEW_PIECES ? 1 : l->parts};
+    run(runner, down_task, (size_t)(p->pieces * l->parts / job.parts), &job);
     return job.out_of_memory ? "out of memory for the inputs of adapters" : NULL;
 }
 
@@ -167,7 +177,7 @@ static void product_task(void *data, size_t index) {
 /* `panel_ns`: what a panel costs over BLOCK_ROWS rows, or all of them where they are fewer, about. */
 static const char *multiply(product *p, double panel_ns, us_runner *runner) {
     p->row_parts = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    p->panel_step = (int64_t)(TASK_NS / panel_ns) + 1;
+    p->panel_step = (int64_t)((p->plan->pieces ? LORA_TASK_NS : TASK_NS) / panel_ns) + 1;
     run(runner, product_task, (size_t)(p->row_parts * ((p->panels + p->panel_step - 1) / p->panel_step)), p);
     return p->out_of_memory ? us_message("out of memory for a copy of the inputs") : NULL;
 }

@@ -97,13 +97,15 @@ void ISA_NAME(us_float_part)(const us_float_gemm_args *g, int64_t begin, int64_t
 
 void ISA_NAME(us_int4_quantize)(const us_int4_gemm_args *, const us_int4_activations *, int64_t, int64_t);
 void ISA_NAME(us_int4_part)(const us_int4_gemm_args *, const us_int4_activations *, int64_t, int64_t, int64_t, int64_t);
-void ISA_NAME(us_lora_down)(const us_lora_plan *, int64_t, int64_t, float *);
+void ISA_NAME(us_lora_inputs)(const us_lora_plan *, int64_t, float *);
+void ISA_NAME(us_lora_down)(const us_lora_plan *, int64_t, int64_t, const float *);
 void ISA_NAME(us_lora_up)(const us_lora_plan *, float *, int64_t, int64_t, int64_t, int64_t);
 
 const us_products ISA_NAME(us_products) = {
     .float_part = ISA_NAME(us_float_part),
     .int4_quantize = ISA_NAME(us_int4_quantize),
     .int4_part = ISA_NAME(us_int4_part),
+    .lora_inputs = ISA_NAME(us_lora_inputs),
     .lora_down = ISA_NAME(us_lora_down),
     .lora_up = ISA_NAME(us_lora_up),
 };

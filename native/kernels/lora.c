@@ -27,6 +27,24 @@ INLINE vf load(const void *bank, int64_t at, int64_t n, int bfloat16) {
     return (vf)(__builtin_convertvector(bits, vu) << 16);
 }
 
+typedef union { vf whole; v4f quarter[VW / 4]; } split;
+
+/* The sums of the lanes of four vectors, each in the same order whatever the other three are. */
+INLINE void sum_lanes(const vf v[RANKS], float to[RANKS]) {
+    v4f part[RANKS];
+#pragma GCC unroll 4
+    for (int r = 0; r < RANKS; r++) {
+        const split s = {v[r]};
+        part[r] = s.quarter[0];
+#pragma GCC unroll 4
+        for (int i = 1; i < VW / 4; i++) part[r] += s.quarter[i];
+    }
+    const v4i low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
+    const v4f a = __builtin_shuffle(part[0], part[1], low) + __builtin_shuffle(part[0], part[1], high);
+    const v4f b = __builtin_shuffle(part[2], part[3], low) + __builtin_shuffle(part[2], part[3], high);
+    v4store(to, __builtin_shuffle(a, b, left) + __builtin_shuffle(a, b, right));
+}
+
 INLINE void add_products(vf acc[TOKENS][RANKS], const us_lora *l, int64_t at, const float *const x[TOKENS], int64_t k, int64_t n, int tokens, int ranks, int bfloat16) {
     vf a[RANKS];
 #pragma GCC unroll 4
@@ -45,14 +63,12 @@ INLINE void dots(const us_lora *l, int64_t at, const float *const x[TOKENS], int
 #pragma GCC unroll 2
     for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) acc[t][r] = (vf){0};
+        for (int r = 0; r < RANKS; r++) acc[t][r] = (vf){0};
     int64_t k = 0;
     for (; k + VW <= depth; k += VW) add_products(acc, l, at, x, k, VW, tokens, ranks, bfloat16);
     if (k < depth) add_products(acc, l, at, x, k, depth - k, tokens, ranks, bfloat16);
 #pragma GCC unroll 2
-    for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) h[t][r] = vsum(acc[t][r]);
+    for (int t = 0; t < tokens; t++) sum_lanes(acc[t], h[t]);
 }
 
 INLINE void dots_of(const us_lora *l, int64_t at, const float *const x[TOKENS], int64_t depth, float h[TOKENS][RANKS], int tokens, int ranks) {
@@ -65,18 +81,21 @@ INLINE void dots_of(const us_lora *l, int64_t at, const float *const x[TOKENS], 
 /* A row's true inputs */
 static void dequantize(const us_lora_plan *p, int64_t row, float *restrict to) {
     const uint8_t *restrict q = p->q + row * p->depth;
-    const float *restrict mult = p->mult;
+    const float *restrict inverse = p->inverse;
     const float scale = p->row_scale ? p->row_scale[row] : 1.0f, zero = p->zero;
-    for (int64_t k = 0; k < p->depth; k++) to[k] = ((float)q[k] - zero) / mult[k] * scale;
+    for (int64_t k = 0; k < p->depth; k++) to[k] = ((float)q[k] - zero) * (inverse[k] * scale);
 }
 
-void ISA_NAME(us_lora_down)(const us_lora_plan *p, int64_t index, int64_t part, float *scratch) {
+void ISA_NAME(us_lora_inputs)(const us_lora_plan *p, int64_t index, float *scratch) {
+    const us_lora_piece piece = p->piece[index];
+    for (int64_t i = piece.begin; i < piece.end; i++) dequantize(p, p->order[i], scratch + (i - piece.begin) * p->depth);
+}
+
+void ISA_NAME(us_lora_down)(const us_lora_plan *p, int64_t index, int64_t part, const float *scratch) {
     const us_lora *l = p->lora;
     const us_lora_piece piece = p->piece[index];
     const int64_t *layout = l->layout + part * US_LORA_FIELDS;
     const int64_t rank = l->ranks[piece.slot * l->targets + layout[US_LORA_TARGET]], begin = piece.slot * l->rank * l->width + layout[US_LORA_A];
-    if (!p->x && rank)
-        for (int64_t i = piece.begin; i < piece.end; i++) dequantize(p, p->order[i], scratch + (i - piece.begin) * p->depth);
     for (int64_t r = 0; r < rank; r += RANKS) {
         const int ranks = rank - r < RANKS ? 1 : RANKS;
         for (int64_t i = piece.begin, tokens; i < piece.end; i += tokens) {

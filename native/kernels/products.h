@@ -33,6 +33,7 @@ typedef struct {
     const float *x;          /* [rows, depth], or NULL and the true inputs are (q - zero) / mult * row_scale */
     const uint8_t *q;
     const float *mult;       /* [depth] */
+    float *inverse;          /* [depth]: 1 / mult */
     const float *row_scale;  /* [rows] or NULL */
     float zero;
 } us_lora_plan;
@@ -80,8 +81,10 @@ typedef struct us_products {
     void (*float_part)(const us_float_gemm_args *, int64_t begin, int64_t end, int64_t first, int64_t last);
     void (*int4_quantize)(const us_int4_gemm_args *, const us_int4_activations *, int64_t begin, int64_t end);
     void (*int4_part)(const us_int4_gemm_args *, const us_int4_activations *, int64_t begin, int64_t end, int64_t first, int64_t last);
-    /* hidden of one piece and one part; scratch: rows of the piece * depth floats, unless the plan has x */
-    void (*lora_down)(const us_lora_plan *, int64_t piece, int64_t part, float *scratch);
+    /* the true inputs of a piece's rows, [rows of the piece, depth]; for plans without x */
+    void (*lora_inputs)(const us_lora_plan *, int64_t piece, float *inputs);
+    /* hidden of one piece and one part; inputs: see above, NULL where the plan has x */
+    void (*lora_down)(const us_lora_plan *, int64_t piece, int64_t part, const float *inputs);
     /* y [rows, cols] += B hidden for rows [begin, end) and columns [first, last) */
     void (*lora_up)(const us_lora_plan *, float *y, int64_t begin, int64_t end, int64_t first, int64_t last);
 } us_products;

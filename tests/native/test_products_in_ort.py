@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from native.kernels import twins_products as products
 from native.kernels.twins_products import Lora
 from server.runtime import kernels, ort
 from server.runtime.kernels_products import lora_feeds
+from tests.native import sanitize
 from tests.native.test_products import bank, floats, int4_case, int8_case
 
 Feeds = dict[str, Any]
@@ -120,3 +125,14 @@ def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
     kernels.register(options)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(["y"], {"a": feeds["a"]})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the code is for AVX-512 VNNI")
+@pytest.mark.parametrize("width", ["16 lanes", "the dot instruction by hand"])
+def test_the_code_for_wider_processors_is_right_on_any(width: str) -> None:
+    library = sanitize.build(f"{width.replace(' ', '-')}.so", [], ["-O1", "-fPIC", "-shared", *sanitize.WIDTHS[width]])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/native/test_products.py", "-k", "base"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "UNDERSTUDY_TEST_KERNELS": str(library), "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
