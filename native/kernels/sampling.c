@@ -17,11 +17,7 @@ typedef struct {
     int64_t scratch;
 } dealt;
 
-/* Bytes of one worker's scratch: the arrays of sampling_rows.c's `room`, of which those a logit come to less than 33 bytes. */
-EXPORT int64_t us_sample_scratch(int64_t vocabulary) {
-    const int64_t padded = (vocabulary + 127) / 128 * 128;
-    return (padded * 33 + 16 * 1024 + 63) & ~(int64_t)63;
-}
+EXPORT int64_t us_sample_scratch(int64_t vocabulary) { return us_sample_room(vocabulary); }
 
 static us_sample_row row_of(const char *isa) {
 #ifdef US_HAVE_AVX512VNNI
@@ -58,7 +54,7 @@ static void work(void *data, size_t worker) {
 EXPORT const char *us_sample(const us_sample_job *job) {
     const us_kernels *kernels = us_choose(NULL);
     if (!kernels) return "no build of the kernels runs here";
-    dealt d = {.job = job, .row = row_of(kernels->name), .scratch = us_sample_scratch(job->vocabulary)};
+    dealt d = {.job = job, .row = row_of(kernels->name), .scratch = us_sample_room(job->vocabulary)};
     atomic_init(&d.next, 0);
     const int64_t workers = job->workers < job->rows ? job->workers : job->rows;
     if (workers > 1 && us_parallel_for)

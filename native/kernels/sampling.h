@@ -53,6 +53,12 @@ void us_sample_row_base(const us_sampler *, const float *, const uint32_t *, int
 void us_sample_row_avx2(const us_sampler *, const float *, const uint32_t *, int64_t, void *, us_drawn *);
 void us_sample_row_avx512vnni(const us_sampler *, const float *, const uint32_t *, int64_t, void *, us_drawn *);
 
+/* Bytes of one worker's scratch: the arrays of sampling_room.h, of which those a logit come to less than 33 bytes. */
+static inline int64_t us_sample_room(int64_t vocabulary) {
+    const int64_t padded = (vocabulary + 127) / 128 * 128;
+    return (padded * 33 + 16 * 1024 + 63) & ~(int64_t)63;
+}
+
 int64_t us_sample_scratch(int64_t vocabulary);
 const char *us_sample(const us_sample_job *);
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +27,11 @@ WIDTHS = {
 }
 
 
-def build(name: str, sources: list[Path], flags: list[str]) -> Path:
+def build(name: str, sources: list[Path], flags: list[str], parts: Sequence[str] = PARTS) -> Path:
     """Compiles `sources` with the kernels into build/sanitize/<name>."""
     target = ROOT / "build" / "sanitize" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    kernels = [ROOT / "native" / "kernels" / f"{part}.c" for part in PARTS]
+    kernels = [ROOT / "native" / "kernels" / f"{part}.c" for part in parts]
     command = [os.environ.get("CC", "cc"), *FLAGS, *flags, *map(str, [*sources, *kernels]), "-o", str(target), "-lm", "-lpthread"]
     subprocess.run(command, check=True)
     return target
@@ -42,6 +43,9 @@ def main(rounds: int = 1000, widths: dict[str, list[str]] = WIDTHS) -> None:
         driver = build(f"fuzz-{width.replace(' ', '-')}", [ROOT / "tests" / "native" / "fuzz_kernels.c"], [*SANITIZE, *flags])
         print(f"{width}: ", end="", flush=True)
         subprocess.run([driver, str(seed + 1), str(rounds)], check=True)
+        sampler = [ROOT / "tests" / "native" / "fuzz_sampling.c", ROOT / "native" / "kernels" / "sampling_rows.c"]
+        driver = build(f"fuzz-sampling-{width.replace(' ', '-')}", sampler, [*SANITIZE, *flags], parts=())
+        subprocess.run([driver, str(seed + 1), str(20 * rounds)], check=True)
 
 
 if __name__ == "__main__":
