@@ -46,13 +46,15 @@ class Grammars(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a model is made of. `texts` makes the detokenizers of a request from its stop strings; `check` refuses bad sampling values."""
+    """What a model is made of. `texts` makes the detokenizers of a request from its stop strings, and from whether the answer goes on from
+    the prompt's last word; `check` refuses bad sampling values.
+    """
 
     manifest: Manifest
     tokenizer: TextTokenizer
     reader: PromptReader
     engine: DecoderEngine
-    texts: Callable[[Sequence[str]], Callable[[], TextStream]]
+    texts: Callable[[Sequence[str], bool], Callable[[], TextStream]]
     check: Callable[[GenerateRequest], None]
     grammars: Grammars | None = None
     adapters: Adapters | None = None
@@ -112,7 +114,7 @@ class GeneratorModel:
             n=request.best_of or request.n,
             stop_ids=stops,
             adapter=adapter,
-            text=self._parts.texts(request.stop),
+            text=self._parts.texts(request.stop, bool(request.prompt) or len(request.token_ids or ()) > 1),
             matcher=matcher,
         )
 

@@ -86,6 +86,7 @@ class LoadedDecoder:
         if decoder.lora is not None:
             layout = decoder.lora
             bank = await in_thread(lambda: AdapterBank(layout, settings.adapter_slots, settings.adapter_rank))
+        streams = TextStreams(tokenizer.inner)
         compiler, masks = self._make_grammars(files, settings)
         parts = EngineParts(manifest, self._sessions, bank.feeds() if bank is not None else None, masks)
         self._engine = engine = GenerationEngine(parts, settings.generation, observer)
@@ -97,7 +98,7 @@ class LoadedDecoder:
                 tokenizer=tokenizer,
                 reader=reader,
                 engine=engine,
-                texts=TextStreams(tokenizer.inner),
+                texts=lambda stops, follows: streams(stops, follows=follows),
                 check=lambda request: check_request(request, decoder.vocabulary),
                 grammars=compiler,
                 adapters=self.adapters,

@@ -27,6 +27,9 @@ class _Decoding(Protocol):
 
     def end(self) -> str: ...
 
+    def follow(self) -> None:
+        """Before the first token: what comes is no beginning."""
+
 
 class TextStreams:
     """Makes the text streams of one model's requests. `tokenizer`: a tokenizers.Tokenizer, which is not changed.
@@ -37,10 +40,20 @@ class TextStreams:
     def __init__(self, tokenizer: Any, skip_special: bool = True) -> None:
         self._decoding = _decoding_of(tokenizer, skip_special)
 
-    def __call__(self, stops: Sequence[str] = (), include_stop: bool = False) -> Callable[[], TextStream]:
-        """A maker of streams, one a candidate. `stops` end the text; they are not part of it unless `include_stop`."""
+    def __call__(self, stops: Sequence[str] = (), include_stop: bool = False, *, follows: bool = False) -> Callable[[], TextStream]:
+        """A maker of streams, one a candidate. `stops` end the text; they are not part of it unless `include_stop`.
+
+        `follows`: the text goes on from a prompt, so that a first word keeps the blank that a decoder takes off the beginning of a text.
+        """
         machine = _StopMachine(stops, include_stop) if stops else None
-        decoding = self._decoding
+        make = self._decoding
+
+        def decoding() -> _Decoding:
+            made = make()
+            if follows:
+                made.follow()
+            return made
+
         if machine is None:
             return lambda: _Plain(decoding())
         return lambda: _Stopping(decoding(), machine)
@@ -232,6 +245,9 @@ class _ByteLevel:
     def end(self) -> str:
         return self._utf8.decode(b"", True)
 
+    def follow(self) -> None:
+        pass
+
 
 class _PerToken:
     """Each token has its text; only the first one's differs."""
@@ -251,6 +267,9 @@ class _PerToken:
 
     def end(self) -> str:
         return ""
+
+    def follow(self) -> None:
+        self._begun = True
 
 
 class _ByteFallback:
@@ -280,6 +299,9 @@ class _ByteFallback:
 
     def end(self) -> str:
         return self._stripped(self._ended_run())
+
+    def follow(self) -> None:
+        self._strip_left = 0
 
     def _ended_run(self) -> str:
         run, self._run = self._run, bytearray()
@@ -326,6 +348,9 @@ class _Window:
         text = self._news()
         self._ids, self._begin, self._read = [], 0, 0
         return text
+
+    def follow(self) -> None:
+        """Nothing: what an unknown decoder does at a beginning is unknown."""
 
     def _news(self) -> str:
         before = self._decode(self._ids[: self._read])
