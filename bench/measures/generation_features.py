@@ -15,10 +15,10 @@ import numpy as np
 from bench import trained_llama
 from bench.generation_models import Shape, pulled, shape
 from bench.harness import BUILD, Row, Server, median, part, row_of
-from tests.runtime.decoder.schemas_for_tests import WRITTEN, generated
 from bench.measures.generation_speed import client, our_server, plan_of, rate_of, requests_of
 from bench.measures.generation_truth import adapters as trained_adapters
 from bench.measures.generation_truth import add_adapters, real_prompts, version
+from tests.runtime.decoder.schemas_for_tests import WRITTEN, generated
 
 ADAPTERS = (
     "8 adapters mixed over 32 rows >= 0.75 of the base's speed (r=16, all projections); each row equal to PEFT's own output (fp32, 1e-4 on"

@@ -204,8 +204,10 @@ def compare(exact: Shape, coarse: Shape, texts: list[str]) -> dict[str, Any]:
     from server.runtime.graphs.decoder.parity import Runner, measure
 
     tokenizer = Tokenizer.from_file(str(version(exact) / "tokenizer.json"))
-    model = DecoderCheckpoint.open(exact.checkpoint)
+    model = DecoderCheckpoint.open(converted(exact.checkpoint))
     sequences = [[1, *encoded.ids][:LONGEST] for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    if exact.checkpoint == stories():
+        sequences += told(version(exact) / "model.onnx", model)
     total, kept = 0, []
     for sequence in sequences:
         if total < MOST_TOKENS:
@@ -221,6 +223,35 @@ def compare(exact: Shape, coarse: Shape, texts: list[str]) -> dict[str, Any]:
     layers = manifest["quantization"]["layers"]
     forms = {form: sum(v == form for k, v in layers.items() if not k.startswith("int4/")) for form in sorted(set(layers.values()))}
     return {**measure(answers[1], answers[0]), "tokens": total, "products": forms, "kv_dtype": manifest["decoder"]["kv_dtype"]}
+
+
+def converted(checkpoint: Path) -> Path:
+    """The checkpoint as a Hugging Face folder."""
+    from server.runtime.graphs.decoder.llama2c import convert
+
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    folder = BUILD / "shapes" / checkpoint.name
+    if not (folder / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        convert(checkpoint / "stories260K.bin", checkpoint / "tok512.bin", folder)
+    return folder
+
+
+def told(graph: Path, model: Any, count: int = 16, length: int = 200) -> list[list[int]]:
+    """Stories drawn from the float32 model itself at temperature 1: text as it was trained on, of which none is at hand."""
+    from server.runtime.graphs.decoder.parity import Runner
+
+    rng = np.random.default_rng(8)
+    runner = Runner(graph, model, sequences=count, length=LONGEST, kv_dtype="float32")
+    found = [[1] for _ in range(count)]
+    for _ in range(length):
+        logits = runner.run(range(count), [sequence[-1:] for sequence in found])
+        drawn = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        for sequence, token in zip(found, drawn.tolist(), strict=True):
+            sequence.append(token)
+    runner.close()
+    return found
 
 
 def version(model: Shape) -> Path:
