@@ -97,7 +97,7 @@ def cython_modules() -> list[Extension]:
             f"native.{path.stem}",
             [str(path.relative_to(ROOT))],
             extra_compile_args=["-O3", "-fno-math-errno", "-g0"],
-            depends=["setup.py"],
+            depends=["setup.py", *(str(pxd.relative_to(ROOT)) for pxd in (ROOT / "native").glob(f"{path.stem}.pxd"))],
         )
         for path in sorted((ROOT / "native").glob("*.pyx"))
     ]
