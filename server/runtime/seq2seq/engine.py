@@ -101,9 +101,11 @@ class Seq2SeqEngine:
         settings: Seq2SeqSettings | None = None,
         observer: Observer | None = None,
         *,
+        version: str = "",
         max_source: int = 512,
     ) -> None:
         self.name = name
+        self.version = version
         self.settings = settings or Seq2SeqSettings()
         self._encoder, self._decoder = sessions
         self._spec = spec
@@ -292,7 +294,7 @@ class Seq2SeqEngine:
         waits = [began - text.flight.arrival for text in batch]
         ran = time.monotonic() - began
         fill = tokens / self.settings.encoder_tokens
-        self._observer.batch_done(BatchReport(self.name, "", len(batch), tokens, fill, waits, ran, 0.0))
+        self._observer.batch_done(BatchReport(self.name, self.version, len(batch), tokens, fill, waits, ran, 0.0))
         self._observer.queue_depth(self.name, len(self._waiting))
 
     def _step(self) -> None:

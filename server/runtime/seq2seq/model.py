@@ -76,7 +76,7 @@ def _open(files: ModelFiles, sessions: Sessions, sizes: Seq2SeqSettings, observe
             opened.append(sessions.open(files.paths[name]))
             _check_graph(opened[-1], inputs, output)
         graphs = opened[0], opened[1]
-        engine = Seq2SeqEngine(manifest.name, graphs, spec, sizes, observer, max_source=manifest.max_tokens)
+        engine = Seq2SeqEngine(manifest.name, graphs, spec, sizes, observer, version=manifest.version, max_source=manifest.max_tokens)
     except BaseException:
         for session in opened:
             session.close()
