@@ -65,7 +65,8 @@ class BuildExt(build_ext):
         # Linked by hand: Python's own link line would leave its build machine's paths in the library. ONNX Runtime unloads it with the
         # last session, and the pool's threads would stand in nothing.
         stay = ["-Wl,-z,nodelete"] if sys.platform == "linux" else []
-        self.spawn([self.compiler.compiler_so[0], "-shared", *objects, "-o", str(target), "-lm", "-lpthread", *stay, *(extra or ["-Wl,-s"])])
+        link = [self.compiler.compiler_so[0], "-shared", *objects, "-o", str(target), "-lm", "-lpthread", *stay]
+        self.spawn([*link, *(extra or ["-Wl,-s"])])
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libunderstudy_kernels"):
@@ -107,7 +108,7 @@ def cython_modules() -> list[Extension]:
 kernels = Extension(
     "native.kernels.libunderstudy_kernels",
     [*ONCE, *PER_ISA],
-    depends=["setup.py", *(str(KERNELS / name) for name in ("ops.h", "simd.h", "ort_abi.h", "operators.h", "drivers.h", "rows.h", "decoder.h", "pool.h", "products.h", "beam.h", "sampling.h", "sampling_room.h"))],
+    depends=["setup.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / KERNELS).glob("*.h")))],
 )
 
 setup(
