@@ -45,37 +45,41 @@ INLINE void sum_lanes(const vf v[RANKS], float to[RANKS]) {
     v4store(to, __builtin_shuffle(a, b, left) + __builtin_shuffle(a, b, right));
 }
 
-INLINE void add_products(vf acc[TOKENS][RANKS], const us_lora *l, int64_t at, const float *const x[TOKENS], int64_t k, int64_t n, int tokens, int ranks, int bfloat16) {
+/* Some rows of x by some rows of A, whose first is at element `at` of the bank. The kind of tile is always a constant. */
+typedef struct { const us_lora *lora; int64_t at, depth; const float *x[TOKENS]; } down_tile;
+typedef struct { int tokens, ranks, bfloat16; } kind;
+
+INLINE void add_products(vf acc[TOKENS][RANKS], const down_tile *d, int64_t k, int64_t n, kind of) {
     vf a[RANKS];
 #pragma GCC unroll 4
-    for (int r = 0; r < ranks; r++) a[r] = load(l->bank, at + r * l->width + k, n, bfloat16);
+    for (int r = 0; r < of.ranks; r++) a[r] = load(d->lora->bank, d->at + r * d->lora->width + k, n, of.bfloat16);
 #pragma GCC unroll 2
-    for (int t = 0; t < tokens; t++) {
-        const vf v = vload_n(x[t] + k, n);
+    for (int t = 0; t < of.tokens; t++) {
+        const vf v = vload_n(d->x[t] + k, n);
 #pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) acc[t][r] = vfma(v, a[r], acc[t][r]);
+        for (int r = 0; r < of.ranks; r++) acc[t][r] = vfma(v, a[r], acc[t][r]);
     }
 }
 
-/* h[t, r] = A[r] x[t] for a tile; A's first row is at element `at` */
-INLINE void dots(const us_lora *l, int64_t at, const float *const x[TOKENS], int64_t depth, float h[TOKENS][RANKS], int tokens, int ranks, int bfloat16) {
+/* h[t, r] = A[r] x[t] */
+INLINE void dots(const down_tile *d, float h[TOKENS][RANKS], kind of) {
     vf acc[TOKENS][RANKS];
 #pragma GCC unroll 2
-    for (int t = 0; t < tokens; t++)
+    for (int t = 0; t < of.tokens; t++)
 #pragma GCC unroll 4
         for (int r = 0; r < RANKS; r++) acc[t][r] = (vf){0};
     int64_t k = 0;
-    for (; k + VW <= depth; k += VW) add_products(acc, l, at, x, k, VW, tokens, ranks, bfloat16);
-    if (k < depth) add_products(acc, l, at, x, k, depth - k, tokens, ranks, bfloat16);
+    for (; k + VW <= d->depth; k += VW) add_products(acc, d, k, VW, of);
+    if (k < d->depth) add_products(acc, d, k, d->depth - k, of);
 #pragma GCC unroll 2
-    for (int t = 0; t < tokens; t++) sum_lanes(acc[t], h[t]);
+    for (int t = 0; t < of.tokens; t++) sum_lanes(acc[t], h[t]);
 }
 
-INLINE void dots_of(const us_lora *l, int64_t at, const float *const x[TOKENS], int64_t depth, float h[TOKENS][RANKS], int tokens, int ranks) {
-    if (l->bfloat16)
-        dots(l, at, x, depth, h, tokens, ranks, 1);
+INLINE void dots_of(const down_tile *d, float h[TOKENS][RANKS], int tokens, int ranks) {
+    if (d->lora->bfloat16)
+        dots(d, h, (kind){tokens, ranks, 1});
     else
-        dots(l, at, x, depth, h, tokens, ranks, 0);
+        dots(d, h, (kind){tokens, ranks, 0});
 }
 
 /* A row's true inputs */
@@ -100,19 +104,19 @@ void ISA_NAME(us_lora_down)(const us_lora_plan *p, int64_t index, int64_t part, 
         const int ranks = rank - r < RANKS ? 1 : RANKS;
         for (int64_t i = piece.begin, tokens; i < piece.end; i += tokens) {
             tokens = piece.end - i < TOKENS ? 1 : TOKENS;
-            const float *x[TOKENS] = {0};
+            down_tile d = {.lora = l, .depth = p->depth};
             float h[TOKENS][RANKS];
-            for (int64_t t = 0; t < tokens; t++) x[t] = p->x ? p->x + p->order[i + t] * p->depth : scratch + (i - piece.begin + t) * p->depth;
+            for (int64_t t = 0; t < tokens; t++) d.x[t] = p->x ? p->x + p->order[i + t] * p->depth : scratch + (i - piece.begin + t) * p->depth;
             for (int64_t some = 0; some < (ranks == RANKS ? 1 : rank - r); some++) {
-                const int64_t at = begin + (r + some) * l->width;
+                d.at = begin + (r + some) * l->width;
                 if (ranks == RANKS && tokens == TOKENS)
-                    dots_of(l, at, x, p->depth, h, TOKENS, RANKS);
+                    dots_of(&d, h, TOKENS, RANKS);
                 else if (ranks == RANKS)
-                    dots_of(l, at, x, p->depth, h, 1, RANKS);
+                    dots_of(&d, h, 1, RANKS);
                 else if (tokens == TOKENS)
-                    dots_of(l, at, x, p->depth, h, TOKENS, 1);
+                    dots_of(&d, h, TOKENS, 1);
                 else
-                    dots_of(l, at, x, p->depth, h, 1, 1);
+                    dots_of(&d, h, 1, 1);
                 for (int64_t t = 0; t < tokens; t++)
                     memcpy(p->hidden + ((i + t) * l->parts + part) * l->rank + r + some, h[t], (size_t)ranks * sizeof(float));
             }
@@ -160,19 +164,22 @@ INLINE void combine_tokens(const up_tile *u, int64_t n, int tokens) {
         full ? combine(u, WIDE * VW, tokens, 0) : combine(u, n, tokens, 0);
 }
 
-/* The rows order[i .. i + tokens) by the columns of one part that lie in [first, last) */
-static void up_rows(const us_lora_plan *p, float *y, int64_t i, int tokens, int64_t part, const us_lora_piece *piece, int64_t first, int64_t last) {
+typedef struct { const us_lora_plan *plan; float *y; const us_lora_piece *piece; int64_t first, last; } up_range;
+
+/* The rows order[i .. i + tokens) by the columns of one part that lie in the range */
+static void up_rows(const up_range *range, int64_t i, int tokens, int64_t part) {
+    const us_lora_plan *p = range->plan;
     const us_lora *l = p->lora;
+    const us_lora_piece *piece = range->piece;
     const int64_t *layout = l->layout + part * US_LORA_FIELDS, start = layout[US_LORA_FIRST], stop = start + layout[US_LORA_OUTPUTS];
+    const int64_t first = range->first > start ? range->first : start, last = range->last < stop ? range->last : stop;
     up_tile u = {.lora = l, .rank = l->ranks[piece->slot * l->targets + layout[US_LORA_TARGET]]};
-    first = first > start ? first : start;
-    last = last < stop ? last : stop;
     if (!u.rank || first >= last) return;
     u.at = piece->slot * l->rank * l->width + layout[US_LORA_B] + first - start;
     for (int t = 0; t < tokens; t++) {
         const int64_t row = p->order[i + t];
         u.hidden[t] = p->hidden + ((i + t) * l->parts + part) * l->rank;
-        u.y[t] = y + row * p->cols + first;
+        u.y[t] = range->y + row * p->cols + first;
         u.inverse[t] = p->row_scale ? 1.0f / p->row_scale[row] : 1.0f;
     }
     for (int64_t c = first, n; c < last; c += n) {
@@ -194,10 +201,11 @@ void ISA_NAME(us_lora_up)(const us_lora_plan *p, float *y, int64_t begin, int64_
         int64_t from = piece->begin, to = piece->end;
         while (from < to && p->order[from] < begin) from++;
         while (to > from && p->order[to - 1] >= end) to--;
+        const up_range range = {p, y, piece, first, last};
         for (int64_t part = 0; part < p->lora->parts; part++)
             for (int64_t i = from, tokens; i < to; i += tokens) {
                 tokens = to - i >= MANY ? MANY : to - i >= 2 ? 2 : 1;
-                up_rows(p, y, i, (int)tokens, part, piece, first, last);
+                up_rows(&range, i, (int)tokens, part);
             }
     }
 }
