@@ -136,6 +136,8 @@ class Delivery:
     def _take(self, candidate: Candidate, token: Token, row: int) -> tuple[FinishReason | None, str]:
         """Adds a token to its candidate; says whether the answer ends with it, and what text was held back until then."""
         if token.id < 0:
+            if candidate.matcher is not None:
+                candidate.matcher.advance(token.id)  # raises what became of its grammar, where that is to blame
             raise InternalError("the model's answer is not a number in every place, or its grammar allows no token; send the request again")
         flight = candidate.flight
         job = flight.job

@@ -139,7 +139,7 @@ class GenerationEngine:
                 f"the prefix has keys {keys.shape} and values {values.shape}; the model takes [layers, heads, positions, dim] = {shape}",
                 field="prefix",
             )
-        
+
         def write(pages: list[int]) -> None:
             self._runner.kv.write(self._runner.pool, pages, keys, values)
 
