@@ -129,23 +129,25 @@ def fit_static(thin: FloatArray, bounds: tuple[FloatArray, FloatArray], weight: 
     return best[1]
 
 
-def round_weights(weight: FloatArray, importance: FloatArray, clips: Sequence[float] = WEIGHT_CLIPS) -> tuple[np.ndarray, FloatArray]:
-    """Pair-safe s8 weights float32[K, N] (whole numbers) and their scale float32[N].
+def round_weights(
+    weight: FloatArray, importance: FloatArray, clips: Sequence[float] = WEIGHT_CLIPS, limit: int = 127
+) -> tuple[np.ndarray, FloatArray]:
+    """Pair-safe s8 weights float32[K, N] (whole numbers, at most `limit` in size) and their scale float32[N].
 
     Scales are those of least error, the error of row k counting `importance[k]` times.
     """
     high = np.maximum(np.abs(weight).max(axis=0), TINY)
     best_error = np.full(weight.shape[1], np.inf, dtype=np.float32)
-    best_scale = high / 127
+    best_scale = high / limit
     for clip in clips:
-        scale = (high * np.float32(clip) / 127).astype(np.float32)
-        q = pair_safe(np.clip(np.rint(weight / scale), -127, 127))
+        scale = (high * np.float32(clip) / limit).astype(np.float32)
+        q = pair_safe(np.clip(np.rint(weight / scale), -limit, limit))
         error = importance @ np.square(q * scale - weight)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)
     best_scale = best_scale.astype(np.float32)
-    return pair_safe(np.clip(np.rint(weight / best_scale), -127, 127)), best_scale
+    return pair_safe(np.clip(np.rint(weight / best_scale), -limit, limit)), best_scale
 
 
 def pair_safe(q: np.ndarray) -> np.ndarray:
@@ -192,8 +194,8 @@ def _invert_upper(upper: np.ndarray) -> np.ndarray:
     return out
 
 
-def compensated_by(weight: FloatArray, scale: FloatArray, upper: np.ndarray) -> np.ndarray:
-    """As `compensated`, with the factor that `inverse_factor` gives: it is the same for all columns."""
+def compensated_by(weight: FloatArray, scale: FloatArray, upper: np.ndarray, limit: int = 127) -> np.ndarray:
+    """As `compensated`, with the factor that `inverse_factor` gives: it is the same for all columns. `limit`: size of a weight at most."""
     size, block = len(weight), 128
     left = weight.copy()
     q = np.empty_like(left)
@@ -204,9 +206,9 @@ def compensated_by(weight: FloatArray, scale: FloatArray, upper: np.ndarray) -> 
         errors = np.empty_like(part)
         for j in range(end - start):
             k = start + j
-            low, high = -127.0, 127.0
+            low, high = -float(limit), float(limit)
             if k % 2:
-                low, high = np.maximum(-127, -PAIR - np.minimum(q[k - 1], 0)), np.minimum(127, PAIR - np.maximum(q[k - 1], 0))
+                low, high = np.maximum(low, -PAIR - np.minimum(q[k - 1], 0)), np.minimum(high, PAIR - np.maximum(q[k - 1], 0))
             q[k] = np.clip(np.rint(part[j] * inverse), low, high)
             errors[j] = (part[j] - q[k] * scale) / upper[k, k]
             if j + 1 < end - start:

@@ -17,6 +17,7 @@ from server.runtime.graphs.decoder import parity
 from server.runtime.graphs.decoder.calibrate import Choices, Chooser, Scratch, choose_forms
 from server.runtime.graphs.decoder.checkpoint import DecoderCheckpoint
 from server.runtime.graphs.decoder.describe import CHAT_TEMPLATE, describe_decoder
+from server.runtime.graphs.decoder.int8 import weight_bits
 from server.runtime.graphs.decoder.parity import Expected
 from server.runtime.graphs.decoder.reference import Sequences
 from server.runtime.graphs.decoder.selfmade import SEQUENCES, affordable, write_texts
@@ -235,7 +236,9 @@ class _Build:
             "form": "decoder",
             "architecture": c.model_type,
             "dtype": recipe.forms[0],
-            "quantization": Quantization(method=METHOD, weight_bits=8, layers=self.layers) if self.layers else None,
+            "quantization": Quantization(method=METHOD, weight_bits=weight_bits(self.model.config.hidden), layers=self.layers)
+            if self.layers
+            else None,
             "hidden_size": c.hidden,
             "max_tokens": c.positions,
             "decoder": decoder,

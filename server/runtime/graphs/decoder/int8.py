@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.core import FloatArray
+from server.runtime import kernels
 from server.runtime.graphs.decoder.checkpoint import Product
 from server.runtime.graphs.decoder.forms import Int4, Int8
 from server.runtime.graphs.quantize import (
@@ -36,8 +37,11 @@ from server.runtime.sessions import usable_cores
 
 ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.9)
 FAST_ALPHAS = (0.5, 0.85)
-# Steps to a column's RMS with which few pairs come near their bound, in place of a search.
-FAST_STEPS = 28
+# Steps to a column's RMS with which few pairs come near their bound, in place of a search; as a share of the largest weight.
+FAST_STEPS = 28 / 127
+# Without an instruction for whole dot products, four 7-bit products fit 16 bits together and two 8-bit ones do: half the work. Short sums
+# average less of the rounding away, and little time goes into them: they keep 8 bits.
+SEVEN_BITS, EIGHT_BITS, SHORT = 63, 127, 256
 SAMPLE_COLUMNS, SAMPLE_BLOCKS = 256, 8
 # The share of the worst row's error that counts, beside the mean over rows.
 WORST = 0.05
@@ -183,13 +187,24 @@ def _importance(rows: Rows, smooth: FloatArray) -> FloatArray:
     return np.asarray(rows.square / np.square(smooth), np.float32)
 
 
+def limit_of(inputs: int) -> int:
+    """The largest weight of a product: of 7 bits where that is faster here, else of 8."""
+    return SEVEN_BITS if inputs >= SHORT and kernels.has_fast_product() else EIGHT_BITS
+
+
+def weight_bits(hidden: int) -> int:
+    """Bits of the int8 weights of a model of this width, for its manifest."""
+    return 7 if limit_of(hidden) == SEVEN_BITS else 8
+
+
 def _round(weight: FloatArray, importance: FloatArray, effort: Effort, clips: Sequence[float]) -> tuple[np.ndarray, FloatArray]:
     """As quantize.round_weights, for "fast" without a search."""
+    limit = limit_of(len(weight))
     if not effort.fast:
-        return round_weights(weight, importance, clips)
+        return round_weights(weight, importance, clips, limit)
     rms = np.sqrt(np.square(weight).mean(axis=0))
-    scale = np.maximum(np.maximum(np.abs(weight).max(axis=0), TINY) / 127, rms / FAST_STEPS).astype(np.float32)
-    return pair_safe(np.clip(np.rint(weight / scale), -127, 127)), scale
+    scale = np.maximum(np.maximum(np.abs(weight).max(axis=0), TINY) / limit, rms / (FAST_STEPS * limit)).astype(np.float32)
+    return pair_safe(np.clip(np.rint(weight / scale), -limit, limit)), scale
 
 
 def _static(rows: Rows, smoothed: FloatArray, smooth: FloatArray, weight: FloatArray) -> StaticRows:
@@ -212,7 +227,7 @@ def _finish(
     def fill(start: int, end: int) -> None:
         scaled = weights.columns(start, end) * smooth[:, None]
         values, scale[start:end] = _round(scaled, importance, effort, WEIGHT_CLIPS)
-        q[:, start:end] = values if upper is None else compensated_by(scaled, scale[start:end], upper)
+        q[:, start:end] = values if upper is None else compensated_by(scaled, scale[start:end], upper, limit_of(len(scaled)))
 
     weights.each(fill, compensated=upper is not None)
     got = np.asarray(rounded @ (q[:, picked] * scale[picked]), np.float32)
@@ -233,7 +248,7 @@ def _compensation(rows: Rows, part: FloatArray, smooth: FloatArray, rounded: Flo
     if len(part) > effort.compensate:
         return None
     scaled = part * smooth[:, None]
-    q, scale = round_weights(scaled, _importance(rows, smooth))
+    q, scale = round_weights(scaled, _importance(rows, smooth), limit=limit_of(len(scaled)))
     smoothed, want = rows.sample / smooth, rows.sample @ part
     if rows.error(smoothed @ (q * scale), want) <= COMPENSATE_ABOVE * rows.error(rounded @ scaled, want):
         return None
