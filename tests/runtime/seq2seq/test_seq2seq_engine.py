@@ -21,7 +21,7 @@ from server.runtime.seq2seq.pools import Places, SlotPool
 from server.runtime.seq2seq.rules import Rules, make_rules
 from server.runtime.sessions import Sessions
 from tests.runtime.seq2seq.conftest import Export, Exported
-from tests.runtime.seq2seq.test_against_transformers import spec_of
+from tests.runtime.seq2seq.test_seq2seq_against_transformers import spec_of
 
 WIDTH_BYTES = 2 * 2 * 4 * 8 * 4  # of a row of either pool: layers, K and V, heads, head_dim, float32
 
