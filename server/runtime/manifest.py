@@ -73,8 +73,10 @@ class Decoder(_Part):
     """What the decoder engine needs of a graph of form "decoder"; inputs and outputs are stated in server/runtime/decoder/contract.py.
 
     `graphs` maps each form of the weights, "float32", "int8" (W8A8, wide steps) or "int4" (narrow steps), to its file; every form has the
-    same inputs and outputs and works on the same pages. `window`: positions a token sees, itself included, 0 for all (the least over
-    layers; pages behind it are still kept where other layers need them). `kv_error`: KL divergence that each dtype of K and V costs.
+    same inputs and outputs and works on the same pages. "cuda" beside them is a graph of another kind, whose pages are on the device: see
+    server/runtime/graphs/decoder/cuda.py; no manifest has "float16" pages, which are its alone. `window`: positions a token sees, itself
+    included, 0 for all (the least over layers; pages behind it are still kept where other layers need them). `kv_error`: KL divergence
+    that each dtype of K and V costs.
     """
 
     layers: int = Field(ge=1)
@@ -84,10 +86,10 @@ class Decoder(_Part):
     vocabulary: int = Field(ge=1)
     page: int = Field(default=16, ge=1)  # positions a page holds
     page_bytes: int = Field(ge=1)  # of one page of one layer
-    kv_dtype: Literal["float32", "bfloat16", "int8"]
+    kv_dtype: Literal["float32", "bfloat16", "int8", "float16"]
     kv_error: dict[str, float] = {}
     window: int = Field(default=0, ge=0)
-    graphs: dict[Literal["float32", "int8", "int4"], FileName]
+    graphs: dict[Literal["float32", "int8", "int4", "cuda"], FileName]
     bos_token_id: int | None = None
     stop_token_ids: list[int] = []
     lora: LoraLayout | None = None

@@ -149,6 +149,8 @@ def _check_decoder(decoder: Decoder, files: set[str], wrong: Callable[[str, str]
         raise wrong("decoder.graphs", f"it names {missing[0]!r}, which is not among its files.")
     if MODEL not in decoder.graphs.values():
         raise wrong("decoder.graphs", f"none of its forms is {MODEL}.")
+    if set(decoder.graphs) <= {"cuda"} or decoder.kv_dtype == "float16":
+        raise wrong("decoder.graphs", "a form for CUDA cannot be the only one; one for processors, with its type of pages, must be there.")
     expected = page_bytes(decoder.kv_heads, decoder.head_dim, decoder.kv_dtype, decoder.page)
     if decoder.page_bytes != expected or decoder.heads % decoder.kv_heads:
         raise wrong("decoder.page_bytes", f"pages of {decoder.page_bytes} bytes do not fit its heads and type; {expected} do.")

@@ -33,7 +33,7 @@ def page_bytes(kv_heads: int, head_dim: int, dtype: str, page: int = 16) -> int:
 
     For each K/V head in turn: K [head_dim][page], then V [page][head_dim]; int8 has float32 scales behind them, K's [page] and V's [page].
     """
-    size = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[dtype]
     scales = 2 * page * 4 if dtype == "int8" else 0
     return kv_heads * (2 * head_dim * page * size + scales)
 

@@ -16,6 +16,8 @@ from server.runtime.graphs.build import Built
 from server.runtime.graphs.decoder import parity
 from server.runtime.graphs.decoder.calibrate import Choices, Chooser, Scratch, choose_forms
 from server.runtime.graphs.decoder.checkpoint import DecoderCheckpoint
+from server.runtime.graphs.decoder.cuda import GRAPH as CUDA_GRAPH
+from server.runtime.graphs.decoder.cuda import check_cuda, write_cuda
 from server.runtime.graphs.decoder.describe import CHAT_TEMPLATE, describe_decoder
 from server.runtime.graphs.decoder.int8 import weight_bits
 from server.runtime.graphs.decoder.parity import Expected
@@ -26,7 +28,7 @@ from server.runtime.graphs.decoder.writer import PAGE, Options, Shared, with_kv_
 from server.runtime.graphs.parity import Tolerances, failures
 from server.runtime.manifest import Decoder, Quantization
 
-Form = Literal["float32", "int8", "int4"]
+Form = Literal["float32", "int8", "int4", "cuda"]
 Progress = Callable[[str, float], None]
 GRAPH = "model.onnx"
 METHOD = "w8a8-smoothed-compensated-pair-safe/int4-blocks-compensated"
@@ -50,11 +52,12 @@ TOKENS: Mapping[str, int] = {"fast": 512, "normal": 4096, "best": 8192}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be made. `limits`: tolerance of each form's parity check, where it is not the usual one."""
+    """What is to be made. `limits`: tolerance of each form's parity check, where it is not the usual one; `cuda`: that form beside them."""
 
     forms: tuple[Form, ...]
     effort: Effort
     limits: Mapping[str, Tolerances]
+    cuda: bool = False
 
     def limit(self, form: str) -> Tolerances:
         """The figures that `form` must reach."""
@@ -85,21 +88,27 @@ def build_decoder(
 
     int8 and int4 are calibrated on `calibration` (at least 16 texts; by default our own), through `folder/tokenizer.json`. `effort`:
     "fast" for measures of speed (few tokens, plain rounding, top-1 agreement is recorded and not required), "best" rounds large products
-    with error compensation too. `progress` is called with a stage ("quantize", "write", "check") and the share of it that is done.
+    with error compensation too. "cuda" stands beside another form, was never executed on a GPU, and its answers are not checked here;
+    server/runtime/graphs/decoder/cuda.py says more. `progress` is called with a stage ("quantize", "write", "check") and its share that is
+    done.
 
     Raises:
         ModelRejected: config, tensors or tokenizer are broken or unknown, or a graph's answers are out of tolerance.
         InvalidArgument: no form, one that is not made, or too few calibration texts.
     """
     order = ("float32", "int8", "int4")
-    if not forms or set(forms) - set(order) or effort not in TOKENS:
-        known = f"some of {', '.join(order)}, and effort {', '.join(TOKENS)}"
+    plain = set(forms) - {"cuda"}
+    if not plain or plain - set(order) or effort not in TOKENS:
+        known = f"some of {', '.join(order)}, cuda beside one of them, and effort {', '.join(TOKENS)}"
         raise InvalidArgument(f"forms {list(forms)} with effort {effort!r} are not made; expected {known}.", field="forms")
     chosen = dict(limits or {})
     if effort == "fast":
         chosen.setdefault("int8", {"kl": parity.INT8["kl"]})
-    recipe = Recipe(tuple(sorted(set(forms), key=order.index)), effort, chosen)
-    build = _Build(DecoderCheckpoint.open(folder), folder, out, recipe, progress or (lambda _stage, _share: None))
+    recipe = Recipe(tuple(form for form in order if form in plain), effort, chosen, "cuda" in forms)  # type: ignore[arg-type]
+    model = DecoderCheckpoint.open(folder)
+    if recipe.cuda:
+        check_cuda(model.config)
+    build = _Build(model, folder, out, recipe, progress or (lambda _stage, _share: None))
     return build.run(calibration)
 
 
@@ -154,6 +163,8 @@ class _Build:
         for done, form in enumerate(recipe.forms):
             self._form(form, chosen.get(form, {}), shared, expected)
             self.report("write", (done + 1) / len(recipe.forms))
+        if recipe.cuda:
+            write_cuda(model, self.out)
 
     def _texts(self, calibration: Sequence[str] | None, scratch: Path) -> tuple[Sequences, Sequences]:
         """Tokens to calibrate on and tokens to check with.
@@ -225,7 +236,7 @@ class _Build:
                 "kv_dtype": self.kv_dtype,
                 "kv_error": self.kv_error,
                 "window": c.window,
-                "graphs": {form: recipe.file(form) for form in recipe.forms},
+                "graphs": {form: recipe.file(form) for form in recipe.forms} | ({"cuda": CUDA_GRAPH} if recipe.cuda else {}),
                 "bos_token_id": bos,
                 "stop_token_ids": stops,
                 "lora": self.model.lora_layout(recipe.bank_dtype)[0],

@@ -108,7 +108,7 @@ def embedded(name: str, value: Any) -> TensorProto:
     return numpy_helper.from_array(np.asarray(value, order="C"), name)
 
 
-def save(graph: onnx.GraphProto, path: Path) -> None:
-    """Writes the graph; its external tensors are in their files already."""
-    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 17), ("understudy", 1))]
+def save(graph: onnx.GraphProto, path: Path, domain: str = "understudy") -> None:
+    """Writes the graph, with operators of `domain`; its external tensors are in their files already."""
+    opsets = [helper.make_opsetid(name, version) for name, version in (("", 17), (domain, 1))]
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="understudy").SerializeToString())
