@@ -122,7 +122,7 @@ class Session(ABC):
         try:
             return self._run(feeds, outputs, stop)
         except Exception as error:
-            raise _translated(error, stop, self.path) from error
+            raise translated(error, stop, self.path) from error
 
 
 # A constant of malloc.h.
@@ -175,8 +175,8 @@ class _NativeSession(Session):
         self.path = path
         self._environment = environment
         self._native = native.NativeSession(environment, str(path), _kernels())
-        self.inputs = tuple(_spec(*one) for one in self._native.inputs)
-        self.outputs = tuple(_spec(*one) for one in self._native.outputs)
+        self.inputs = tuple(spec_of(*one) for one in self._native.inputs)
+        self.outputs = tuple(spec_of(*one) for one in self._native.outputs)
         self._places = {spec.name: i for i, spec in enumerate(self.outputs)}
 
     def stop(self) -> Stop:
@@ -200,7 +200,7 @@ class _NativeBinding:
         try:
             self._native = native.Binding(session, inputs, outputs)
         except Exception as error:
-            raise _translated(error, None, path) from error
+            raise translated(error, None, path) from error
         self.put = self._native.put
         self.shape = self._native.shape
 
@@ -208,7 +208,7 @@ class _NativeBinding:
         try:
             self._native.run()
         except Exception as error:
-            raise _translated(error, None, self._path) from error
+            raise translated(error, None, self._path) from error
 
 
 class _PythonStop:
@@ -238,8 +238,8 @@ class _PythonSession(Session):
         kernels.register(options)
         self.path = path
         self._native: Any = ort.InferenceSession(str(path), options, providers=list(settings.providers))
-        self.inputs = tuple(_spec(node.name, node.type, node.shape) for node in self._native.get_inputs())
-        self.outputs = tuple(_spec(node.name, node.type, node.shape) for node in self._native.get_outputs())
+        self.inputs = tuple(spec_of(node.name, node.type, node.shape) for node in self._native.get_inputs())
+        self.outputs = tuple(spec_of(node.name, node.type, node.shape) for node in self._native.get_outputs())
 
     def stop(self) -> Stop:
         return _PythonStop()
@@ -339,13 +339,15 @@ def _kernels() -> str:
     return str(kernels.library_path())
 
 
-def _spec(name: str, onnx_type: str, sizes: Sequence[Any]) -> TensorSpec:
+def spec_of(name: str, onnx_type: str, sizes: Sequence[Any]) -> TensorSpec:
+    """What ONNX Runtime says of an input or output."""
     dtype = _DTYPES.get(onnx_type)
     shape = tuple(size if isinstance(size, (int, str)) else None for size in sizes)
     return TensorSpec(name, None if dtype is None else np.dtype(dtype), onnx_type, shape)
 
 
-def _translated(error: Exception, stop: Stop | None, path: Path) -> UnderstudyError:
+def translated(error: Exception, stop: Stop | None, path: Path) -> UnderstudyError:
+    """Our error for one that a run of ONNX Runtime raised; `stop`: that run's flag."""
     text = str(error)
     if stop is not None and stop.is_set:
         return Cancelled("the run was ended because every caller of its batch had left")

@@ -55,13 +55,15 @@ _MOST_CONTEXTS = 4  # for each answer that may run: more pages than so many full
 class EngineParts:
     """What an engine is made of. `sessions`: one a form, as in `manifest.decoder.graphs`; they stay open until `close` has returned.
 
-    `bank`: the arrays of lora_bank and lora_ranks by name; `masks`: fills the masks of rows with a grammar, used by one engine alone.
+    `bank`: the arrays of lora_bank and lora_ranks by name; `masks`: fills the masks of rows with a grammar, used by one engine alone;
+    `runner`: what runs the steps, and where the pages are.
     """
 
     manifest: Manifest
     sessions: Mapping[str, Session]
     bank: Mapping[str, Array] | None = None
     masks: Masks | None = None
+    runner: type[StepRunner] = StepRunner
 
 
 class GenerationEngine:
@@ -80,7 +82,7 @@ class GenerationEngine:
         self._pool = PagePool(self._page_count(settings.pool_bytes(), manifest.max_tokens))
         self.context = min(manifest.max_tokens, self._pool.count * self.decoder.page)
         limits = StepLimits(max(settings.token_budget, settings.max_sequences), settings.max_sequences, self.context)
-        self._runner = StepRunner(self.decoder, parts.sessions, self._pool.count, limits, parts.bank)
+        self._runner = parts.runner(self.decoder, parts.sessions, self._pool.count, limits, parts.bank)
         self._forms = Forms.of(parts.sessions)
         self._scheduler = Scheduler(
             self._pool,
@@ -141,7 +143,7 @@ class GenerationEngine:
             )
 
         def write(pages: list[int]) -> None:
-            self._runner.kv.write(self._runner.pool, pages, keys, values)
+            self._runner.write_prefix(pages, keys, values)
 
         return await self._order(lambda: self._store(key, shape[2], write))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.runtime.decoder.pace import Pace
 from server.runtime.decoder.step import StepRunner
 
-_WIDE = ("int8", "float32", "int4")  # the first that the model has
+_WIDE = ("int8", "float32", "int4", "cuda")  # the first that the model has
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _SIZES_OF_ONE = (1, 8, 32)  # where there is nothing to choose, for the pace alone
 _RUNS = 3

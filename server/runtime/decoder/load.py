@@ -14,12 +14,14 @@ from server.errors import ModelRejected, UnderstudyError
 from server.runtime.decoder.chat import ChatTemplate
 from server.runtime.decoder.checks import check_request
 from server.runtime.decoder.contract import Sampling
+from server.runtime.decoder.device import CUDA, FORM, NO_ADAPTERS, DeviceRunner, DeviceSession, device_decoder
 from server.runtime.decoder.engine import EngineParts, GenerationEngine
 from server.runtime.decoder.generator import GeneratorModel, Parts
 from server.runtime.decoder.grammar import GrammarCompiler, GrammarMasks
 from server.runtime.decoder.prompt import PromptReader, read_config, special_names
 from server.runtime.decoder.request import GenerateRequest
 from server.runtime.decoder.settings import GenerationSettings
+from server.runtime.decoder.step import StepRunner
 from server.runtime.decoder.text import TextStreams
 from server.runtime.lora.bank import AdapterBank
 from server.runtime.lora.convert import ADAPTERS
@@ -80,18 +82,22 @@ class LoadedDecoder:
         manifest, decoder = files.manifest, files.manifest.decoder
         assert decoder is not None, "a manifest of form decoder"
         reader, tokenizer = await in_thread(lambda: read_text_parts(files))
-        for form, name in decoder.graphs.items():
-            self._sessions[form] = await in_thread(partial(sessions.open, files.paths[name]))
-        bank = None
-        if decoder.lora is not None:
-            layout = decoder.lora
-            bank = await in_thread(lambda: AdapterBank(layout, settings.adapter_slots, settings.adapter_rank))
+        bank, run_by, refused = None, manifest, ""
+        if FORM in decoder.graphs and sessions.settings.providers[:1] == (CUDA,):
+            run_by, refused = manifest.model_copy(update={"decoder": device_decoder(decoder)}), NO_ADAPTERS
+            self._sessions[FORM] = await in_thread(lambda: DeviceSession.of(decoder, files.paths))
+        else:
+            for form in [form for form in decoder.graphs if form != FORM]:
+                self._sessions[form] = await in_thread(partial(sessions.open, files.paths[decoder.graphs[form]]))
+            if (layout := decoder.lora) is not None:
+                bank = await in_thread(lambda: AdapterBank(layout, settings.adapter_slots, settings.adapter_rank))
         streams = TextStreams(tokenizer.inner)
         compiler, masks = self._make_grammars(files, settings)
-        parts = EngineParts(manifest, self._sessions, bank.feeds() if bank is not None else None, masks)
+        runner = DeviceRunner if FORM in self._sessions else StepRunner
+        parts = EngineParts(run_by, self._sessions, bank.feeds() if bank is not None else None, masks, runner)
         self._engine = engine = GenerationEngine(parts, settings.generation, observer)
         await engine.ready()
-        self.adapters = AdapterSet(manifest, files.folder.parents[1] / ADAPTERS, bank, engine)
+        self.adapters = AdapterSet(manifest, files.folder.parents[1] / ADAPTERS, bank, engine, refused)
         self.generator = GeneratorModel(
             Parts(
                 manifest=manifest,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from server.core import FloatArray
 from server.errors import ModelRejected
-from server.runtime.decoder.kv import KvLayout
+from server.runtime.decoder.kv import Bytes, KvLayout
 from server.runtime.decoder.scheduler import Plan
 from server.runtime.decoder.sequence import Candidate
 from server.runtime.manifest import Decoder
@@ -76,7 +76,7 @@ class StepRunner:
         width = -(-limits.positions // decoder.page)
         self.page = decoder.page
         self._vocabulary = decoder.vocabulary
-        self.pool = self.kv.allocate(pages)
+        self.pool = self._make_pool(pages)
         self._tables: Int32 = np.full((limits.sequences, width), -1, np.int32)
         self._ids = np.zeros(limits.tokens, np.int64)
         self._cu = np.zeros(limits.sequences + 1, np.int32)
@@ -160,9 +160,16 @@ class StepRunner:
         self._shape(form, total, rows, each, rows)
         self.run()
 
+    def write_prefix(self, pages: Sequence[int], keys: FloatArray, values: FloatArray) -> None:
+        """Writes K and V [layers, kv_heads, positions, head_dim] into pages, from the first one's first position on."""
+        self.kv.write(self.pool, pages, keys, values)
+
     def copy_page(self, source: int, target: int) -> None:
         """Copies a page in all layers."""
         self.pool[:, target] = self.pool[:, source]
+
+    def _make_pool(self, pages: int) -> Bytes:
+        return self.kv.allocate(pages)
 
     def _shape(self, form: str, tokens: int, sequences: int, width: int, wanted: int) -> None:
         bound = self._loaded = self._forms[form]

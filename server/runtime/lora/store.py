@@ -75,10 +75,11 @@ class _Entry:
 class AdapterSet:
     """Owns the bank's slots. Made on the event loop with the model; `close` ends it before the engine is closed."""
 
-    def __init__(self, base: Manifest, root: Path, bank: AdapterBank | None, pages: PrefixPages | None = None) -> None:
+    def __init__(self, base: Manifest, root: Path, bank: AdapterBank | None, pages: PrefixPages | None = None, refused: str = "") -> None:
         """`root`: the folder of all adapters; this base's are in `<root>/<base>/<name>/<version>`. `bank` None: no LoRA; `pages` None: no
-        prefixes, as with encoders.
+        prefixes, as with encoders. `refused`: why none can be loaded, where that is so.
         """
+        self._refused = refused
         self.base = base
         self._root = root
         self.folder = root / base.name
@@ -250,6 +251,8 @@ class AdapterSet:
 
     async def _read(self, name: str, number: int) -> _Entry:
         """A new entry, held once so that nobody takes its slot yet."""
+        if self._refused:
+            raise ModelRejected(self._refused, adapter=f"{name}@{number}")
         folder = self.folder / name / str(number)
         manifest, weights = await asyncio.to_thread(read_adapter, folder, self.base)
         if (manifest.name, manifest.version) != (name, str(number)):
