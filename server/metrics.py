@@ -46,6 +46,7 @@ NAMES = {
     "understudy_generation_prompt_tokens_total": "Prompt tokens of admitted requests: looked up in the prefix cache.",
     "understudy_generation_prefix_hit_tokens_total": "Of them, those that the prefix cache had.",
     "understudy_generation_tokens_total": "Tokens generated.",
+    "understudy_generation_pages_copied_total": "Pages whose content was copied: a prompt that ends within a shared page, a fork.",
     "understudy_generation_preemptions_total": "Answers that were interrupted because pages were short, and go on later.",
     "understudy_generation_step_seconds": "Time of one step of a decoder, by the form of its weights.",
     "understudy_generation_first_token_seconds": "Time from a request's arrival to its first token.",
@@ -104,6 +105,7 @@ class Metrics:
         self._generation_prompt = self._counter("understudy_generation_prompt_tokens_total", _MODEL)
         self._generation_hits = self._counter("understudy_generation_prefix_hit_tokens_total", _MODEL)
         self._generation_tokens = self._counter("understudy_generation_tokens_total", _MODEL)
+        self._generation_copied = self._counter("understudy_generation_pages_copied_total", _MODEL)
         self._generation_preemptions = self._counter("understudy_generation_preemptions_total", _MODEL)
         self._generation_step = self._histogram("understudy_generation_step_seconds", (*_MODEL, "form"), _SECONDS)
         self._generation_first = self._histogram("understudy_generation_first_token_seconds", _MODEL, _SECONDS)
@@ -170,12 +172,16 @@ class Metrics:
         before = self._done.get(labels, (0, 0))
         self._done[labels] = (before[0] + batch.sequences, before[1] + 1)
 
+    def answers_running(self, model: str, version: str, running: int, pages_used: int) -> None:
+        """How many answers of a decoder run now, and the pages that are held."""
+        self._child(self._generation_running, model, version).set(running)
+        self._child(self._generation_pages, model, version).set(pages_used)
+
     def step_done(self, step: StepReport) -> None:
         """A decoder has made a step."""
         labels = (step.model, step.version)
         child = self._child
-        child(self._generation_running, *labels).set(step.running)
-        child(self._generation_pages, *labels).set(step.pages_used)
+        self.answers_running(step.model, step.version, step.running, step.pages_used)
         child(self._generation_step, *labels, step.form).observe(step.run_s)
         child(self._generation_tokens, *labels).inc(step.generated)
         child(self._tokens, *labels).inc(step.tokens)
@@ -183,6 +189,8 @@ class Metrics:
         if step.looked_up:
             child(self._generation_prompt, *labels).inc(step.looked_up)
             child(self._generation_hits, *labels).inc(step.hits)
+        if step.copied:
+            child(self._generation_copied, *labels).inc(step.copied)
         if step.preempted:
             child(self._generation_preemptions, *labels).inc(step.preempted)
         for metric, times in (

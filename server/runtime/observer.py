@@ -24,7 +24,8 @@ class BatchReport:
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """One step of a decoder engine. `form` of the weights; `prompt_tokens` of it were pieces of prompts, `looked_up` entered with newly
-    admitted prompts, of which the prefix cache had `hits`. `first_token_s`: from arrival, `inter_token_s`: since the token before.
+    admitted prompts, of which the prefix cache had `hits`. `copied`: pages whose content was copied since the step before.
+    `first_token_s`: from arrival, `inter_token_s`: since the token before.
     """
 
     model: str
@@ -43,6 +44,7 @@ class StepReport:
     preempted: int
     looked_up: int
     hits: int
+    copied: int
     queue_waits_s: Sequence[float]
     first_token_s: Sequence[float]
     inter_token_s: Sequence[float]
@@ -53,6 +55,9 @@ class Observer(Protocol):
 
     def batch_done(self, batch: BatchReport) -> None:
         """After the rows of a batch were handed to the event loop."""
+
+    def answers_running(self, model: str, version: str, running: int, pages_used: int) -> None:
+        """A decoder has nothing to run, because the answers that ran have left."""
 
     def step_done(self, step: StepReport) -> None:
         """After the tokens of a decoder's step were handed to the event loop."""
@@ -74,6 +79,9 @@ class NullObserver:
     """Reports to nobody."""
 
     def batch_done(self, batch: BatchReport) -> None:
+        pass
+
+    def answers_running(self, model: str, version: str, running: int, pages_used: int) -> None:
         pass
 
     def step_done(self, step: StepReport) -> None:

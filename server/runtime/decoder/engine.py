@@ -83,12 +83,13 @@ class GenerationEngine:
         self.context = min(manifest.max_tokens, self._pool.count * self.decoder.page)
         limits = StepLimits(max(settings.token_budget, settings.max_sequences), settings.max_sequences, self.context)
         self._runner = parts.runner(self.decoder, parts.sessions, self._pool.count, limits, parts.bank)
+        self._copied = 0
         self._forms = Forms.of(parts.sessions)
         self._scheduler = Scheduler(
             self._pool,
             PrefixCache(self._pool, self.decoder.page, enabled=settings.prefix_cache),
             self._pace,
-            self._runner.copy_page,
+            self._copy_page,
             max_sequences=settings.max_sequences,
             token_budget=settings.token_budget,
         )
@@ -252,6 +253,8 @@ class GenerationEngine:
                 self._settle(plan)
                 if plan.rows:
                     self._step(plan)
+                elif plan.gone or plan.late:
+                    self._observer.answers_running(self.name, self.version, len(self._scheduler.running), self._pool.used)
             except Exception as error:
                 # A mistake of ours or of an observer's: whoever was not answered yet hears of it, and the engine goes on.
                 log.exception("engine %s failed outside of a run", self.name)
@@ -407,11 +410,20 @@ class GenerationEngine:
                 preempted=plan.preempted,
                 looked_up=plan.looked_up,
                 hits=plan.hits,
+                copied=self._take_copied(),
                 queue_waits_s=[c.times.admitted - c.times.arrival for c in plan.admitted if not c.generated],
                 first_token_s=drawn.first_token_s,
                 inter_token_s=drawn.inter_token_s,
             )
         )
+
+    def _copy_page(self, source: int, target: int) -> None:
+        self._copied += 1
+        self._runner.copy_page(source, target)
+
+    def _take_copied(self) -> int:
+        copied, self._copied = self._copied, 0
+        return copied
 
     def _start(self) -> bool:
         """Measures the forms with a first run of each. False where the graphs fail: every job is refused then."""

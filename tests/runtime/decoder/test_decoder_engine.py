@@ -63,6 +63,10 @@ class Steps(NullObserver):
         self.steps: list[StepReport] = []
         self.skips: list[tuple[str, int]] = []
         self.failures: list[str] = []
+        self.running: tuple[int, int] | None = None
+
+    def answers_running(self, model: str, version: str, running: int, pages_used: int) -> None:
+        self.running = (running, pages_used)
 
     def step_done(self, step: StepReport) -> None:
         self.steps.append(step)
@@ -169,6 +173,7 @@ async def test_a_reader_that_leaves_gives_its_pages_back_with_the_next_step(mode
         assert steps.skips == [("cancelled", 1)] and len(steps.steps) > at
         stays.cancel()
         await idle(engine)
+        await until(lambda: steps.running == (0, 0))  # no step tells it any more
         call = Call("gone")
         waits = engine.submit(greedy(prompts[2], 100, call=call))
         call.cancelled = True
