@@ -74,7 +74,8 @@ def adapters(rounds: int = 4) -> Row:
     names = list(folders)
     parts = []
     seen: dict[str, list[float]] = {}
-    with our_server(model, **{"generation.adapter_slots": 12}) as server:
+    # Every token travels alone: a pause is one of the engine, not of messages that wait for company.
+    with our_server(model, **{"generation.adapter_slots": 12, "generation.message_rate": 1e6}) as server:
         load = client()
         for i in range(rounds + 1):
             for name, used in (("base", [""]), ("one", names[:1]), ("mixed", names[:COUNT])):
