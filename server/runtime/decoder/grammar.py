@@ -35,11 +35,12 @@ _BLANKS = r"[\x20\x0A\x0D\x09]{0,64}"
 class Matcher:
     """One candidate's place in a grammar; implements contract.Matcher. Used by one thread at a time."""
 
-    __slots__ = ("_failed", "field", "inner")
+    __slots__ = ("_failed", "field", "inner", "words")
 
-    def __init__(self, inner: Any, field: str, failed: Callable[[], None]) -> None:
+    def __init__(self, inner: Any, field: str, words: int, failed: Callable[[], None]) -> None:
         self.inner = inner  # llguidance.LLMatcher
         self.field = field
+        self.words = words  # of its mask, 32 tokens each
         self._failed = failed
 
     def advance(self, token: int) -> None:
@@ -76,14 +77,15 @@ class Matcher:
 class Grammar:
     """A compiled form. Safe to use from several threads."""
 
-    def __init__(self, base: Any, field: str, failed: Callable[[], None]) -> None:
+    def __init__(self, base: Any, field: str, words: int, failed: Callable[[], None]) -> None:
         self._base = base
         self._field = field
+        self._words = words
         self._failed = failed
 
     def matcher(self) -> Matcher:
         """A place at the grammar's beginning, for one candidate."""
-        return Matcher(self._base.deep_copy(), self._field, self._failed)
+        return Matcher(self._base.deep_copy(), self._field, self._words, self._failed)
 
 
 class GrammarCompiler:
@@ -159,7 +161,7 @@ class GrammarCompiler:
             raise
         except BaseException as error:  # a panic of the Rust code derives from BaseException
             raise _refused(field, " ".join(str(error).split())[:400]) from None
-        grammar = Grammar(base, field, lambda: self._forget(kind, source))
+        grammar = Grammar(base, field, (self._loaded().vocab_size + 31) // 32, lambda: self._forget(kind, source))
         with self._lock:
             self._kept[kind, source] = grammar
             while len(self._kept) > KEPT:
@@ -257,9 +259,9 @@ class GrammarMasks:
 
     def _target(self, matcher: Matcher) -> npt.NDArray[np.uint32]:
         """Masks as wide as llguidance fills them."""
-        words = len(matcher.inner.compute_bitmask()) // 4 if self._wide is None else self._wide.shape[1]
         if self._wide is None:
-            self._wide = self._masks if words == self._words else np.zeros((len(self._masks), words), np.uint32)
+            same = matcher.words == self._words
+            self._wide = self._masks if same else np.zeros((len(self._masks), matcher.words), np.uint32)
         return self._wide
 
 

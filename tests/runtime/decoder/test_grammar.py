@@ -157,6 +157,22 @@ def test_five_hundred_schemas(small: Model) -> None:
     assert finished >= 0.9 * len(kept)
 
 
+@pytest.mark.parametrize("spare", range(0, 33, 8))
+def test_masks_of_vocabularies_of_any_size(small: Model, spare: int) -> None:
+    """Whole words of 32 tokens among them, as most models have."""
+    vocabulary = (small.tokenizer.get_vocab_size() + 31) // 32 * 32 + spare
+    compiler, masks = GrammarCompiler(small.path, vocabulary, small.stop_ids), GrammarMasks(vocabulary, 2)
+    matcher = compiler.choice(["a"]).matcher()
+    masks.start([None, matcher])
+    found = masks.wait()
+    assert found is not None and found.shape == (2, (vocabulary + 31) // 32)
+    allowed = np.flatnonzero(np.unpackbits(found[1].view(np.uint8), bitorder="little"))
+    assert [small.tokenizer.decode([token]) for token in allowed] == ["a"]
+    assert (found[0] == 0xFFFFFFFF).all()
+    masks.close()
+    compiler.close()
+
+
 def test_a_real_vocabulary(real: Model) -> None:
     schemas = WRITTEN * 3
     found = answers(real, [real.compiler.json_schema(schema) for schema in schemas], seed=1)
