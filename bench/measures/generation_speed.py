@@ -28,7 +28,7 @@ SPEED = (
 PREFILL = "512 tokens: llama.cpp behind by >= 1.7x; time to first token p95 under the trace better than llama.cpp's server at equal load"
 PROMPT, TOKENS = 64, 128
 BARS = {"smollm2-135m": {1: 1.0, 8: 1.6, 32: 1.8}, "llama-3.2-1b": {1: 1.0, 8: 1.4, 32: 1.5}}
-RATES = (0.1, 0.25, 0.4)
+RATES = (0.15, 0.4)
 TRACE_SECONDS = 60.0
 TRACE_CONTEXT = 4096
 

@@ -42,7 +42,9 @@ def environment(name: str, packages: Sequence[str], python: str = sys.executable
     interpreter = folder / "bin" / "python"
     if not (folder / ".done").is_file():
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *packages], check=True)
+        # Without PYTHONPATH: pip would count what lies there as installed.
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *packages], env=env, check=True)
         (folder / ".done").touch()
     return interpreter
 
