@@ -216,6 +216,9 @@ def _valid(server: Server, model: Shape, given: list[dict[str, Any]]) -> dict[st
     from understudy.v1 import inference_service_pb2 as service
 
     rng = random.Random(5)
+    # Random weights never end a text that need not end: what closes strings, lists and objects is made likelier, for all schemas alike.
+    words = json.loads((version(model) / "tokenizer.json").read_text())["model"]["vocab"]
+    ends = {number: 5.0 for word, number in words.items() if set(word) & set('"]}')}
     counts = {"valid": 0, "invalid": 0, "length": 0, "failed": 0}
     first: list[str] = []
 
@@ -223,7 +226,7 @@ def _valid(server: Server, model: Shape, given: list[dict[str, Any]]) -> dict[st
         request = service.GenerateTextRequest(
             model={"name": model.name},
             token_ids={"ids": prompt},
-            sampling={"max_tokens": 900, "temperature": 1.0},
+            sampling={"max_tokens": 900, "temperature": 1.0, "logit_bias": ends},
             response_format={"json_schema": json.dumps(schema)},
         )
         try:
@@ -247,5 +250,5 @@ def _valid(server: Server, model: Shape, given: list[dict[str, Any]]) -> dict[st
         jobs = [pool.submit(ask, schema, [rng.randrange(10, model.vocabulary) for _ in range(16)]) for schema in given]
         for job in jobs:
             job.result()
-    met = counts["invalid"] == counts["failed"] == 0 and counts["valid"] >= 0.9 * len(given)
-    return part(f"{len(given)} schemas", "all that end are valid, 9 of 10 end within 900 tokens", counts, met, problems=first[:5])
+    met = counts["invalid"] == counts["failed"] == 0 and counts["valid"] == len(given)
+    return part(f"{len(given)} schemas", "every answer ends within 900 tokens and is valid", counts, met, problems=first[:5])
