@@ -218,7 +218,8 @@ def _valid(server: Server, model: Shape, given: list[dict[str, Any]]) -> dict[st
     rng = random.Random(5)
     # Random weights never end a text that need not end: what closes strings, lists and objects is made likelier, for all schemas alike.
     words = json.loads((version(model) / "tokenizer.json").read_text())["model"]["vocab"]
-    ends = {number: 5.0 for word, number in words.items() if set(word) & set('"]}')}
+    stops = json.loads((version(model) / "manifest.json").read_text())["decoder"]["stop_token_ids"]
+    ends = {number: 5.0 for word, number in words.items() if set(word) & set('"]}') or number in stops}
     counts = {"valid": 0, "invalid": 0, "length": 0, "failed": 0}
     first: list[str] = []
 
