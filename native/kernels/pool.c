@@ -38,7 +38,6 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-EXPORT void us_share_threads(int count) { atomic_store(&threads, count > MOST_WORKERS + 1 ? MOST_WORKERS + 1 : count); }
 int us_pool_threads(void) { return atomic_load_explicit(&threads, memory_order_relaxed); }
 void us_pool_enter(void) { atomic_fetch_add_explicit(&computing, 1, memory_order_relaxed); }
 void us_pool_leave(void) { atomic_fetch_sub_explicit(&computing, 1, memory_order_relaxed); }
@@ -135,11 +134,16 @@ static void in_child(void) {
 
 static void prepare_for_forks(void) { pthread_atfork(before_fork, after_fork, in_child); }
 
+/* The handlers stand before the first worker can: a fork beside their registration would leave the child with workers that it does not have. */
+EXPORT void us_share_threads(int count) {
+    pthread_once(&once, prepare_for_forks);
+    atomic_store(&threads, count > MOST_WORKERS + 1 ? MOST_WORKERS + 1 : count);
+}
+
 /* Sees to it that so many workers run; fewer when the system gives no more. */
 static int start(int workers) {
     int have = atomic_load_explicit(&started, memory_order_acquire);
     if (have >= workers) return have;
-    pthread_once(&once, prepare_for_forks);
     sigset_t all, before;
     sigfillset(&all);
     pthread_mutex_lock(&lock);

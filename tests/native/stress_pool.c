@@ -1,5 +1,5 @@
 /* Callers of several threads share the pool: every task runs once, whatever the sizes, the number of threads and the nesting; after a fork the
- * child has a pool of its own. For ThreadSanitizer and AddressSanitizer. Usage: stress_pool <rounds> <forks> */
+ * child has a pool of its own. For sanitizers without forks, and plainly with them. Usage: stress_pool <rounds> <forks> */
 #include "../../native/kernels/pool.h"
 
 #include <pthread.h>
