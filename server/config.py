@@ -16,27 +16,29 @@ import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from server.core import Task
 from server.errors import InvalidArgument, near_names
+from server.settings import (
+    MIB,
+    LakeConfig,
+    Name,
+    ProviderConfig,
+    RegistryConfig,
+    Section,
+    SkillConfig,
+    read_text,
+    without_password,
+)
 
 DEFAULT_FILE = "understudy.toml"
 PREFIX = "UNDERSTUDY_"
-MIB = 1 << 20
-
-EnvName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
-_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """Off while `cert_file` is empty. With `client_ca_file`, only clients with a certificate of that authority get in."""
 
     cert_file: str = ""
@@ -53,7 +55,7 @@ class TlsConfig(_Section):
         return self
 
 
-class KeepaliveConfig(_Section):
+class KeepaliveConfig(Section):
     """HTTP/2 pings and the age of connections; 0 means "no limit" where it says so."""
 
     time_s: float = Field(default=300.0, ge=1)  # the server pings a silent connection this often
@@ -63,7 +65,7 @@ class KeepaliveConfig(_Section):
     max_connection_age_s: float = Field(default=0.0, ge=0)  # 0: no limit
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """The gRPC front. `port` 0 takes a free one, `metrics_port` 0 turns the Prometheus page off."""
 
     host: str = "127.0.0.1"
@@ -80,7 +82,7 @@ class ServerConfig(_Section):
     tls: TlsConfig = TlsConfig()
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """`format` auto: for people on a terminal, JSON lines elsewhere. `access` writes one line a call."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -88,7 +90,7 @@ class LogConfig(_Section):
     access: bool = True
 
 
-class TelemetryConfig(_Section):
+class TelemetryConfig(Section):
     """OpenTelemetry. Off while there is no endpoint; OTEL_EXPORTER_OTLP_ENDPOINT is read where `otlp_endpoint` is empty."""
 
     otlp_endpoint: str = ""
@@ -99,10 +101,10 @@ class TelemetryConfig(_Section):
     @field_validator("otlp_endpoint")
     @classmethod
     def _public(cls, value: str) -> str:
-        return _without_password(value)
+        return without_password(value)
 
 
-class ModelsConfig(_Section):
+class ModelsConfig(Section):
     """`load`: what is loaded at start, as "name" (its newest version) or "name@version"; "*" is every model of the repository.
 
     `default`: which model answers for a task when a call names none, e.g. {"feature-extraction": "all-minilm-l6-v2"}.
@@ -110,11 +112,11 @@ class ModelsConfig(_Section):
 
     path: str = "models"
     load: list[str] = ["*"]
-    default: dict[Task, _Name] = {}
+    default: dict[Task, Name] = {}
     adapter_poll_s: float = Field(default=1.0, gt=0)  # how often new adapter versions are looked for
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """The engines. `threads` 0: as many as there are cores; `token_budget` 0: the engine's own choice."""
 
     threads: int = Field(default=0, ge=0, le=1024)
@@ -125,7 +127,7 @@ class RuntimeConfig(_Section):
     execution_providers: list[str] = ["CPUExecutionProvider"]
 
 
-class GenerationConfig(_Section):
+class GenerationConfig(Section):
     """The engines of decoder models; sizes are of each model. `kv_cache_bytes` 0: 1 GiB, or a quarter of the free memory if less.
 
     `adapter_slots` adapters of up to `adapter_rank` fit into a model's bank at a time; 0 turns adapters off. Encoders that take adapters
@@ -147,98 +149,7 @@ class GenerationConfig(_Section):
     adapters: list[str] = ["*"]
 
 
-# Skills, providers, the lake and the registry.
-
-
-class SkillConfig(_Section):
-    """A named job. `teacher` is "provider/model"; `base` is a model of the repository; give `labels` or `labels_file` (one a line)."""
-
-    task: Task = Task.TEXT_CLASSIFICATION
-    instruction: str = ""
-    labels: list[str] = []
-    labels_file: str = ""
-    teacher: str = ""
-    base: str = ""
-    deliver_bar: float = Field(default=0.8, ge=0, le=1)
-    min_rows: int = Field(default=100, ge=1)  # the trainer refuses fewer
-    max_cost_micro_usd: int | None = Field(default=None, ge=0)  # most that one item may cost, in 1e-6 US dollars; unset: no limit
-
-    @field_validator("teacher")
-    @classmethod
-    def _teacher(cls, value: str) -> str:
-        if value and not all(value.partition("/")[::2]):
-            raise ValueError('must be "provider/model", for example "openai/gpt-4o-mini"')
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> SkillConfig:
-        if self.labels and self.labels_file:
-            raise ValueError("give labels or labels_file, not both")
-        return self
-
-    def read_labels(self) -> list[str]:
-        """The classes in order. Raises InvalidArgument when the file cannot be read."""
-        if not self.labels_file:
-            return list(self.labels)
-        return [line.strip() for line in _read_text(self.labels_file, "labels_file").splitlines() if line.strip()]
-
-
-class PriceConfig(_Section):
-    """Prices of one provider model in US dollars a million tokens."""
-
-    input_per_million_usd: float = Field(default=0.0, ge=0)
-    output_per_million_usd: float = Field(default=0.0, ge=0)
-
-
-class ProviderConfig(_Section):
-    """A vendor. The key comes from the environment variable `api_key_env` or the file `api_key_file`."""
-
-    kind: Literal["openai"] = "openai"
-    base_url: str = ""
-    api_key_env: EnvName = ""
-    api_key_file: str = ""
-    timeout_s: float = Field(default=30.0, gt=0)
-    max_retries: int = Field(default=2, ge=0, le=10)
-    max_concurrent: int = Field(default=16, ge=1)
-    training_allowed: bool = False  # whether the vendor's terms let you train models on its answers; the trainer leaves others out
-    prices: dict[str, PriceConfig] = {}
-
-    @field_validator("base_url")
-    @classmethod
-    def _public(cls, value: str) -> str:
-        return _without_password(value)
-
-    def read_api_key(self, environ: Mapping[str, str] | None = None) -> str:
-        """The key, or "" where none is configured. Raises InvalidArgument when the place that was named holds none."""
-        return _read_secret(self.api_key_env, self.api_key_file, "api_key", environ)
-
-
-class LakeConfig(_Section):
-    """Where interactions are kept."""
-
-    path: str = "data/lake"
-    flush_s: float = Field(default=10.0, gt=0)  # how often the log is forced to the disk and sealed segments become Parquet
-    segment_bytes: int = Field(default=8 * MIB, ge=4096)
-
-
-class RegistryConfig(_Section):
-    """Which database. A password is never in `url`: `password_env` or `password_file` names its place."""
-
-    url: str = "sqlite:///data/registry.db"
-    password_env: EnvName = ""
-    password_file: str = ""
-
-    @field_validator("url")
-    @classmethod
-    def _public(cls, value: str) -> str:
-        return _without_password(value, user_allowed=True)
-
-    def read_password(self, environ: Mapping[str, str] | None = None) -> str:
-        """The password, or "" where none is configured. Raises InvalidArgument when the place that was named holds none."""
-        return _read_secret(self.password_env, self.password_file, "password", environ)
-
-
-class Config(_Section):
+class Config(Section):
     """Everything, frozen. Names of skills and providers are those that callers use."""
 
     server: ServerConfig = ServerConfig()
@@ -247,8 +158,8 @@ class Config(_Section):
     models: ModelsConfig = ModelsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     generation: GenerationConfig = GenerationConfig()
-    skills: dict[_Name, SkillConfig] = {}
-    providers: dict[_Name, ProviderConfig] = {}
+    skills: dict[Name, SkillConfig] = {}
+    providers: dict[Name, ProviderConfig] = {}
     lake: LakeConfig = LakeConfig()
     registry: RegistryConfig = RegistryConfig()
 
@@ -284,7 +195,7 @@ def load_config(
     places: dict[str, str] = {}
     text = ""
     if named is not None or path.exists():
-        text = _read_text(str(path), "config")
+        text = read_text(str(path), "config")
         try:
             tree = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -443,31 +354,3 @@ def _place_in_file(path: Path, text: str, parts: list[str]) -> str:
 
 def _dotted(text: str) -> list[str]:
     return [part.strip().strip("\"'") for part in text.split(".")] if text.strip() else []
-
-
-def _read_text(path: str, field: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"{field}: {path} cannot be read: {error}. Give the path of a UTF-8 file."
-        raise InvalidArgument(message, field=field, place=path) from error
-
-
-def _read_secret(env: str, file: str, field: str, environ: Mapping[str, str] | None) -> str:
-    environ = os.environ if environ is None else environ
-    if env:
-        if not environ.get(env):
-            raise InvalidArgument(f"{field}_env names {env}, which is not set. Export it before the start.", field=f"{field}_env")
-        return environ[env].strip()
-    return _read_text(file, f"{field}_file").strip() if file else ""
-
-
-def _without_password(value: str, *, user_allowed: bool = False) -> str:
-    try:
-        parts = urlsplit(value)
-        secret = parts.password is not None or (parts.username is not None and not user_allowed)
-    except ValueError as error:
-        raise ValueError("is not a URL") from error
-    if secret:
-        raise ValueError("must hold no credentials; name the place that holds them with a setting that ends in _env or _file")
-    return value

@@ -10,22 +10,11 @@ from typing import TypeAlias, TypeVar
 from server.api import calls, convert
 from server.api.selection import Selection
 from server.api.wire import Context
-from server.core import Call, FinishReason, Task, Timings
+from server.core import Call, FinishReason, Format, Message, Task, Timings, Tool, ToolCall
 from server.errors import InvalidArgument
 from server.runtime.decoder.contract import Sampling, Token
 from server.runtime.decoder.generator import Generation, GeneratorModel
-from server.runtime.decoder.request import (
-    Answer,
-    Confidence,
-    Delta,
-    Format,
-    GenerateRequest,
-    GenerationTimings,
-    Message,
-    Summary,
-    Tool,
-    ToolCall,
-)
+from server.runtime.decoder.request import Answer, Confidence, Delta, GenerateRequest, GenerationTimings, Summary
 from server.runtime.runtime import Runtime
 from understudy.v1 import generation_pb2, inference_pb2
 from understudy.v1 import inference_service_pb2 as pb

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from server.api.open_inference_codec import Array
-from server.core import Call
+from server.core import Call, Format
 from server.errors import InvalidArgument, InvalidTensor
 from server.runtime.decoder.contract import Sampling
 from server.runtime.decoder.generator import Generation, GeneratorModel
-from server.runtime.decoder.request import Format, GenerateRequest
+from server.runtime.decoder.request import GenerateRequest
 
 DEFAULT_MAX_TOKENS = 16
 _FLAGS = ("stream", "exclude_input_in_output", "return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")

@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from server.config import ProviderConfig
 from server.core import Usage
 from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable, UnderstudyError
 from server.providers.base import Breaker, Completion, Price, Prompt
+from server.settings import ProviderConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.config import RegistryConfig
 from server.errors import FailedPrecondition, Unavailable
+from server.settings import RegistryConfig
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

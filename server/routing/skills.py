@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.config import Config, SkillConfig
+from server.config import Config
 from server.core import Task
 from server.errors import InvalidArgument, SkillNotFound, UnderstudyError, near_names
 from server.quality.calibration import Calibration
 from server.runtime.heads import LinearHead
+from server.settings import SkillConfig
 
 MAX_LABEL_BYTES = 256
 

@@ -15,26 +15,34 @@ NOUNS = {"server.core", "server.errors"}
 ALLOWED = {
     "server.core": set(),
     "server.errors": set(),
-    "server.config": set(),
+    "server.settings": set(),
+    "server.config": {"server.settings"},
     "server.logs": {"server.config"},
     "server.tracing": {"server.config"},
     "server.metrics": {"server.config", "server.runtime"},
     "server.api": {
-        "server.config", "server.logs", "server.metrics", "server.tracing", "server.routing", "server.runtime", "server.quality",
+        "server.config", "server.settings", "server.logs", "server.metrics", "server.tracing", "server.routing", "server.runtime",
+        "server.quality",
         "server.lake", "server.registry", "understudy",
     },
-    "server.routing": {"server.config", "server.runtime", "server.providers", "server.quality", "server.lake", "server.registry"},
-    "server.providers": {"server.config"},
+    "server.routing": {
+        "server.config", "server.settings", "native", "server.runtime", "server.providers", "server.quality", "server.lake", "server.registry",
+    },
+    "server.providers": {"server.config", "server.settings"},
     "server.quality": {"native"},
-    "server.runtime": {"native", "server.config"},
-    "server.lake": {"server.config"},
-    "server.registry": {"server.config"},
+    "server.runtime": {"native", "server.config", "server.settings"},
+    "server.lake": {"server.config", "server.settings"},
+    "server.registry": {"server.config", "server.settings"},
     "server": {  # app.py, parts.py, cli.py and commands wire everything
-        "server.config", "server.logs", "server.metrics", "server.tracing", "server.api", "server.routing", "server.providers",
+        "server.config", "server.settings", "server.logs", "server.metrics", "server.tracing", "server.api", "server.routing",
+        "server.providers",
         "server.quality", "server.runtime", "server.lake", "server.registry", "native", "understudy",
     },
     "native": set(),
-    "trainer": {"server.config", "server.logs", "server.runtime", "server.quality", "server.lake", "server.registry", "server.providers"},
+    "trainer": {
+        "server.config", "server.settings", "server.logs", "server.runtime", "server.quality", "server.lake", "server.registry",
+        "server.providers", "server.routing", "native",
+    },
     "understudy": set(),
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "optimum", "sentence_transformers", "datasets"}

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from server.config import PriceConfig, ProviderConfig
 from server.core import Usage
 from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable
 from server.providers.base import Breaker, Price, Prompt
 from server.providers.openai import OpenAIProvider
+from server.settings import PriceConfig, ProviderConfig
 from tests.providers.loopback import Loopback, Reply, completion
 
 Start = Callable[[Callable[[int, str], "Reply | str"]], Loopback]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from server.config import RegistryConfig
 from server.errors import FailedPrecondition, Unavailable
 from server.registry.registry import Adapter, Registry
+from server.settings import RegistryConfig
 
 
 def postgres_binaries() -> Path | None:
@@ -122,7 +122,7 @@ def test_feedback_is_kept_once_by_its_request(registry: Registry, tmp_path: Path
 def test_processes_that_open_a_new_database_at_once_all_succeed(url: str) -> None:
     script = """
 import sys
-from server.config import RegistryConfig
+from server.settings import RegistryConfig
 from server.registry.registry import Registry
 registry = Registry(RegistryConfig(url=sys.argv[1]))
 registry.start_job("race", "linear-head")

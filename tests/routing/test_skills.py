@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from server.config import SkillConfig
 from server.errors import InvalidArgument
 from server.routing.candidates import label_of
 from server.routing.skills import normalised, read_skill
+from server.settings import SkillConfig
 
 GOOD = {"labels": ["lost_card", "transfer"], "teacher": "vendor/big", "base": "embedder"}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.config import Config, ProviderConfig, known_keys, load_config
+from server.config import Config, known_keys, load_config
 from server.core import Task
 from server.errors import InvalidArgument
+from server.settings import ProviderConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,20 +8,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.core import Call, FinishReason, Usage
+from server.core import Call, FinishReason, Format, ToolCall, Usage
 from server.errors import AdapterNotFound, InputTooLong, InvalidArgument, UnderstudyError
 from server.runtime.decoder.contract import AdapterUse, DecoderEngine, Job, Matcher, Piece, Stream, TextStream, Times, Token
 from server.runtime.decoder.prompt import PromptReader
-from server.runtime.decoder.request import (
-    Answer,
-    Confidence,
-    Delta,
-    Format,
-    GenerateRequest,
-    GenerationTimings,
-    Summary,
-    ToolCall,
-)
+from server.runtime.decoder.request import Answer, Confidence, Delta, GenerateRequest, GenerationTimings, Summary
 from server.runtime.decoder.tools import ToolReader
 from server.runtime.manifest import Decoder, Manifest
 from server.runtime.tokenizers import TextTokenizer

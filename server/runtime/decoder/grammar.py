@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from server.core import Format
 from server.errors import InternalError, InvalidArgument, TaskNotSupported, UnderstudyError
 from server.runtime.decoder import contract
-from server.runtime.decoder.request import Format
 
 MOST_BYTES = 64 * 1024  # of a form's source
 MOST_DEPTH = 64  # of a schema's JSON

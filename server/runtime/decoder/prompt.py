@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server.core import Message, Tool
 from server.errors import InputTooLong, InvalidArgument, ModelRejected
 from server.runtime.decoder.chat import ChatTemplate
-from server.runtime.decoder.request import Message, Tool
 from server.runtime.decoder.tools import template_messages, template_tools
 from server.runtime.tokenizers import TextTokenizer
 

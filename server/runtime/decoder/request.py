@@ -4,48 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
-from server.core import FinishReason, Usage
+from server.core import FinishReason, Format, Message, Tool, ToolCall, Usage
 from server.runtime.decoder.contract import Sampling, Token
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a tool; `arguments` is a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a conversation. `role`: system, developer, user, assistant or tool."""
-
-    role: str
-    content: str
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str = ""
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may ask to be called; `parameters` is a JSON Schema."""
-
-    name: str
-    description: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """What the answer must look like. `source`: the schema as JSON text, the expression, the grammar; `choices` for kind "choice"."""
-
-    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
-    source: str = ""
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from server.core import Message, Tool, ToolCall
 from server.errors import InvalidArgument
-from server.runtime.decoder.request import Message, Tool, ToolCall
 
 _MARK = "<tool_call>"
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)

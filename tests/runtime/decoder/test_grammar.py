@@ -17,10 +17,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from native.sample import RowState, SampleBuffers, sample
+from server.core import Format
 from server.errors import InternalError, InvalidArgument, TaskNotSupported
 from server.runtime.decoder.contract import Sampling, TextStream
 from server.runtime.decoder.grammar import Grammar, GrammarCompiler, GrammarMasks, Matcher
-from server.runtime.decoder.request import Format
 from server.runtime.decoder.text import TextStreams
 from tests.runtime.decoder.schemas_for_tests import WRITTEN, generated
 from tests.runtime.decoder.tokenizers_for_tests import load

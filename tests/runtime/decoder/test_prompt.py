@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from server.core import Message, Tool, ToolCall
 from server.errors import InputTooLong, InvalidArgument
 from server.runtime.decoder.chat import ChatTemplate
 from server.runtime.decoder.prompt import PromptReader, _any_of, special_names
-from server.runtime.decoder.request import Message, Tool, ToolCall
 from server.runtime.tokenizers import TextTokenizer
 from tests.runtime.decoder.chat_templates import CHATML, LLAMA3, QWEN
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.runtime.decoder.request import ToolCall
+from server.core import ToolCall
 from server.runtime.decoder.tools import ToolReader
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Größe"}}\n</tool_call>'
