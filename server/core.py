@@ -107,14 +107,24 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a message: `data` with its `media_type` (image/png, image/jpeg, image/webp, image/gif), or an https `url`."""
+
+    media_type: str = ""
+    data: bytes = b""
+    url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation. `role`: system, developer, user, assistant or tool."""
+    """One message of a conversation. `role`: system, developer, user, assistant or tool. Local models read no images."""
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class UnderstudyError(Exception):
 
     reason = "INTERNAL"
     code = "INTERNAL"
+    spent_micro_usd = 0  # what a provider charged all the same, in 1e-6 US dollars; set on the instance by whoever knows
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, **metadata: object) -> None:
         super().__init__(message)
