@@ -1,48 +1,127 @@
-"""What every vendor's client promises, whatever its wire protocol."""
+"""What every vendor's client promises, whatever its wire protocol: the nouns and the contract."""
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-from server.core import Usage
+from server.core import FinishReason, FloatArray, Format, Message, Tool, ToolCall, Usage
 
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
-    """What a provider model is asked. `max_tokens` bounds what it may write, and so what it may cost."""
+    """What a provider's model is asked. `max_tokens` bounds what it may write, and so what it may cost.
 
-    system: str
-    user: str
+    `temperature` and `top_p`: None leaves the vendor's default; some models (those that reason) take nothing else and are never sent one.
+    `seed` and `logprobs` are asked for where the vendor has them and left out where not. `format`: json_schema or json_object; others are
+    refused with InvalidArgument, because no vendor's API has them.
+    """
+
+    messages: tuple[Message, ...]
     max_tokens: int
+    temperature: float | None = 0.0
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    tools: tuple[Tool, ...] = ()
+    format: Format | None = None
+    logprobs: bool = False
+
+    @staticmethod
+    def of(system: str, user: str, max_tokens: int) -> Prompt:
+        """The usual two messages; an empty `system` is left out."""
+        asked = Message("user", user)
+        return Prompt((Message("system", system), asked) if system else (asked,), max_tokens)
 
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """What it answered. `source_model` is the model that the provider says it ran; `attempts` counts requests, the last included."""
+    """A whole answer.
+
+    `source_model` is the model that the vendor says it ran; `cost_micro_usd` is 0 where the model has no price; `attempts` counts requests,
+    the last included; `logprobs` has one natural logarithm a token of the answer, or is empty; `first_token_s` is the time from the call
+    to the first token of a stream, and to the whole answer otherwise.
+    """
 
     text: str
     usage: Usage
     source_model: str
     cost_micro_usd: int
     attempts: int
+    finish: FinishReason = FinishReason.STOP
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    first_token_s: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class Part:
+    """A piece of a stream: new text, or calls of tools, each whole. The last part alone has the `completion`, with everything together."""
+
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    completion: Completion | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Embeddings:
+    """`vectors`: float32[texts, size], in the order of the texts; not normalised by us."""
+
+    vectors: FloatArray
+    usage: Usage
+    source_model: str
+    cost_micro_usd: int
+    attempts: int
+
+
+@dataclass(slots=True, frozen=True)
+class Health:
+    """A provider at this moment, for status and for choosing among candidates.
+
+    `circuit`: closed (asked), open (left alone for `rest_s` more seconds) or half_open (one probe decides). Latencies are seconds over the
+    last answers, None before the first: of whole answers, and to the first token of streams. `failures` of the last `recent` requests were
+    the vendor's. `room` has for each rate limit that is configured the share that is left, in [0, 1].
+    """
+
+    circuit: Literal["closed", "open", "half_open"] = "closed"
+    rest_s: float = 0.0
+    in_flight: int = 0
+    waiting: int = 0
+    latency_p50_s: float | None = None
+    latency_p95_s: float | None = None
+    first_token_p50_s: float | None = None
+    recent: int = 0
+    failures: int = 0
+    room: Mapping[str, float] = field(default_factory=dict)
 
 
 class Provider(Protocol):
     """A client of one vendor. Used on one event loop; any number of calls at once.
 
-    `complete` waits for its turn (`max_concurrent`), repeats what is safe to repeat, and ends before `deadline` (monotonic seconds)
-    come what may. It repeats a request only where the vendor has certainly not charged for it: refused (429), failed (5xx) or never
-    connected; a request that was sent and not answered in time is not sent again.
+    Every call waits for its turn (concurrency and rate limits) and ends before `deadline` (monotonic seconds) come what may. A request is
+    repeated only where the vendor has certainly not charged for it: refused (429), failed (5xx) or never connected; a request that was sent
+    and not answered in time is not sent again, and nothing is repeated after the first part of a stream. Calls raise ProviderUnavailable,
+    DeadlineExceeded(stage="provider"), Overloaded or InvalidArgument, never an exception of a vendor's library; what was paid all the same
+    is in the error's `spent_micro_usd`.
     """
 
     name: str
     training_allowed: bool
 
     async def complete(self, model: str, prompt: Prompt, deadline: float | None) -> Completion:
-        """Raises ProviderUnavailable, DeadlineExceeded(stage="provider") or Overloaded; never an exception of the vendor's library."""
+        """The whole answer."""
+        ...
+
+    def stream(self, model: str, prompt: Prompt, deadline: float | None) -> AsyncGenerator[Part, None]:
+        """The answer as it is written. `aclose()` ends the work and frees the place; so does leaving the task.
+
+        Never empty: a stream that ends without a token, or without saying why it ended, raises ProviderUnavailable.
+        """
+        ...
+
+    async def embed(self, model: str, texts: Sequence[str], deadline: float | None) -> Embeddings:
+        """Raises Unimplemented where the vendor has no embeddings."""
         ...
 
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
@@ -53,53 +132,10 @@ class Provider(Protocol):
         """Why the provider is not asked at the moment, or "" where it is."""
         ...
 
+    def health(self) -> Health:
+        """Cheap; never asks the vendor."""
+        ...
+
     async def close(self) -> None:
         """Closes connections. Calls in flight fail."""
         ...
-
-
-@dataclass(slots=True, frozen=True)
-class Price:
-    """US dollars a million tokens, which are also millionths of a dollar a token."""
-
-    input: float
-    output: float
-
-    def cost_micro_usd(self, usage: Usage) -> int:
-        """Rounded up, so that a sum of costs is never less than the bill."""
-        # The product of a price like 0.15 and a count is a hair above the true value: without rounding first, ceil would add a unit.
-        return math.ceil(round(usage.input * self.input + usage.output * self.output, 6))
-
-
-class Breaker:
-    """Stops asking a vendor that fails: after `threshold` failures in a row for `rest_s`, then one request at a time until one succeeds."""
-
-    def __init__(self, threshold: int = 5, rest_s: float = 5.0) -> None:
-        self._threshold = threshold
-        self._rest_s = rest_s
-        self._failures = 0
-        self._next_try = 0.0
-
-    def admits(self) -> bool:
-        """Whether a request may go out now; where the rest is over, the one that asks first is the probe."""
-        if self._failures < self._threshold:
-            return True
-        now = time.monotonic()
-        if now < self._next_try:
-            return False
-        self._next_try = now + self._rest_s
-        return True
-
-    def open_for_s(self) -> float:
-        """Seconds until the next probe may go out; 0 while requests are admitted."""
-        return max(self._next_try - time.monotonic(), 0.0) if self._failures >= self._threshold else 0.0
-
-    def succeeded(self) -> None:
-        """The vendor answered, be it with a refusal of this one request."""
-        self._failures = 0
-
-    def failed(self) -> None:
-        """The vendor did not answer."""
-        self._failures += 1
-        if self._failures == self._threshold:
-            self._next_try = time.monotonic() + self._rest_s

@@ -7,12 +7,14 @@ import importlib
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from server.core import Usage
-from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable, UnderstudyError
-from server.providers.base import Breaker, Completion, Price, Prompt
+from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable, UnderstudyError, Unimplemented
+from server.providers.base import Completion, Embeddings, Health, Part, Prompt
+from server.providers.breaker import Breaker
+from server.providers.prices import Price
 from server.settings import ProviderConfig
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class OpenAIProvider:
         price = self._prices.get(model)
         if price is None:
             return None
-        bound = len(prompt.system.encode()) + len(prompt.user.encode()) + _TEMPLATE_TOKENS
+        bound = sum(len(m.content.encode()) for m in prompt.messages) + _TEMPLATE_TOKENS
         return price.cost_micro_usd(Usage(bound, prompt.max_tokens))
 
     async def complete(self, model: str, prompt: Prompt, deadline: float | None) -> Completion:
@@ -72,6 +74,21 @@ class OpenAIProvider:
             raise DeadlineExceeded(f"The deadline passed while {self.name}/{model} was asked.", stage="provider") from None
         finally:
             self._waiting -= 1
+
+    async def stream(self, model: str, prompt: Prompt, deadline: float | None) -> AsyncGenerator[Part, None]:
+        """See Provider; one piece for now."""
+        completion = await self.complete(model, prompt, deadline)
+        yield Part(completion.text)
+        yield Part(completion=completion)
+
+    async def embed(self, model: str, texts: Sequence[str], deadline: float | None) -> Embeddings:
+        """See Provider."""
+        raise Unimplemented(f"{self.name} has no embeddings yet.")
+
+    def health(self) -> Health:
+        """See Provider."""
+        rest = self._breaker.open_for_s()
+        return Health("open" if rest else "closed", rest, waiting=self._waiting)
 
     async def close(self) -> None:
         """See Provider."""
@@ -117,9 +134,9 @@ class OpenAIProvider:
         try:
             answer = await client.chat.completions.create(
                 model=model,
-                messages=[{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}],
+                messages=[{"role": m.role, "content": m.content} for m in prompt.messages],  # type: ignore[misc]
                 max_tokens=prompt.max_tokens,
-                temperature=0,
+                temperature=prompt.temperature,
             )
             return self._completion(model, prompt, answer, attempt)
         except openai.APIStatusError as error:
@@ -151,7 +168,7 @@ class OpenAIProvider:
         if answer.usage is not None:
             usage = Usage(int(answer.usage.prompt_tokens), int(answer.usage.completion_tokens))
         else:  # some servers keep silent; four bytes a token is the usual size
-            usage = Usage((len(prompt.system.encode()) + len(prompt.user.encode())) // 4 + _TEMPLATE_TOKENS, len(text.encode()) // 4 + 1)
+            usage = Usage((sum(len(m.content.encode()) for m in prompt.messages)) // 4 + _TEMPLATE_TOKENS, len(text.encode()) // 4 + 1)
         price = self._prices.get(model)
         source = answer.model if isinstance(answer.model, str) and answer.model else model
         return Completion(text, usage, source, price.cost_micro_usd(usage) if price else 0, attempts)

@@ -155,7 +155,7 @@ class Teacher:
                 task.cancel()
 
     async def _one(self, text: str, deadline: float | None, max_cost: int | None) -> Answer | Failure:
-        prompt = Prompt(self._system, text, _ANSWER_TOKENS)
+        prompt = Prompt.of(self._system, text, _ANSWER_TOKENS)
         if max_cost is not None:
             worst = self._provider.worst_cost_micro_usd(self._model, prompt)
             if worst is None or worst > max_cost:

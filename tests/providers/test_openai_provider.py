@@ -13,13 +13,16 @@ import pytest
 
 from server.core import Usage
 from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable
-from server.providers.base import Breaker, Price, Prompt
+from server.providers.base import Prompt
+from server.providers.breaker import Breaker
 from server.providers.openai import OpenAIProvider
+from server.providers.prices import Price
 from server.settings import PriceConfig, ProviderConfig
 from tests.providers.loopback import Loopback, Reply, completion
 
 Start = Callable[[Callable[[int, str], "Reply | str"]], Loopback]
-PROMPT = Prompt("Answer.", "Where is my card?", 16)
+QUESTION = "Where is my card?"
+PROMPT = Prompt.of("Answer.", QUESTION, 16)
 KEY = "sk-test-key"
 
 
@@ -40,7 +43,7 @@ async def ask(client: OpenAIProvider, deadline_s: float | None = 10.0) -> Any:
 async def test_an_answer_comes_with_usage_cost_and_source(loopback: Start) -> None:
     server = loopback(lambda number, text: f"echo {text}")
     found = await ask(provider(server.base_url))
-    assert (found.text, found.usage, found.source_model, found.attempts) == (f"echo {PROMPT.user}", Usage(100, 10), "real-model-1", 1)
+    assert (found.text, found.usage, found.source_model, found.attempts) == (f"echo {QUESTION}", Usage(100, 10), "real-model-1", 1)
     assert found.cost_micro_usd == 15, "100 tokens at 0.15 USD a million; output has no price here"
     assert server.requests[0]["messages"][0]["content"] == "Answer."
     assert server.requests[0]["max_tokens"] == 16
@@ -61,7 +64,7 @@ async def test_what_cannot_help_is_not_asked_again(loopback: Start, status: int)
         await ask(provider(server.base_url))
     assert len(server.requests) == 1
     assert str(status) in caught.value.message
-    assert KEY not in caught.value.message and PROMPT.user not in caught.value.message, "the vendor's words may repeat both"
+    assert KEY not in caught.value.message and QUESTION not in caught.value.message, "the vendor's words may repeat both"
 
 
 async def test_retries_end(loopback: Start) -> None:
@@ -148,7 +151,7 @@ async def test_a_provider_that_keeps_failing_is_left_alone(loopback: Start) -> N
 
 def test_the_breaker_lets_one_probe_through(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("server.providers.base.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("server.providers.breaker.time.monotonic", lambda: now[0])
     breaker = Breaker(threshold=2, rest_s=5)
     breaker.failed()
     assert breaker.admits()
@@ -199,6 +202,6 @@ def test_costs_are_whole_and_never_below_the_bill() -> None:
 
 def test_the_worst_cost_bounds_any_tokenizer() -> None:
     client = provider("http://127.0.0.1:1/v1", prices={"m": PriceConfig(input_per_million_usd=1.0, output_per_million_usd=10.0)})
-    worst = client.worst_cost_micro_usd("m", Prompt("é" * 10, "x" * 10, 16))
+    worst = client.worst_cost_micro_usd("m", Prompt.of("é" * 10, "x" * 10, 16))
     assert worst is not None and worst >= 30 + 160
     assert client.worst_cost_micro_usd("unknown", PROMPT) is None

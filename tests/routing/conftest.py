@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,9 @@ import pytest_asyncio
 
 from server.config import RuntimeConfig
 from server.core import Call, FloatArray, Task, Usage
-from server.errors import DeadlineExceeded, UnderstudyError
+from server.errors import DeadlineExceeded, UnderstudyError, Unimplemented
 from server.lake.lake import Lake
-from server.providers.base import Completion, Prompt
+from server.providers.base import Completion, Embeddings, Health, Part, Prompt
 from server.quality.calibration import Calibration
 from server.routing.router import Router
 from server.routing.skills import Skill, SkillBook, Student
@@ -48,8 +48,9 @@ class ScriptedProvider:
         self._cost = cost
 
     async def complete(self, model: str, prompt: Prompt, deadline: float | None) -> Completion:
-        self.asked.append(prompt.user)
-        answer = self._answer(prompt.user)
+        text = prompt.messages[-1].content
+        self.asked.append(text)
+        answer = self._answer(text)
         if answer is None:
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
@@ -64,8 +65,19 @@ class ScriptedProvider:
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         return 50
 
+    async def stream(self, model: str, prompt: Prompt, deadline: float | None) -> AsyncGenerator[Part, None]:
+        completion = await self.complete(model, prompt, deadline)
+        yield Part(completion.text)
+        yield Part(completion=completion)
+
+    async def embed(self, model: str, texts: Sequence[str], deadline: float | None) -> Embeddings:
+        raise Unimplemented("no embeddings here")
+
     def open_circuit(self) -> str:
         return self.circuit
+
+    def health(self) -> Health:
+        return Health("open" if self.circuit else "closed")
 
     async def close(self) -> None:
         pass
