@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres_server import postgres_server, why_no_postgres
 from tests.server_process import ServerProcess
 from tests.small_models import build_repository
 
@@ -26,6 +27,15 @@ def server(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     running.wait_ready()
     yield running
     running.stop(allow_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of our own, on a free port."""
+    if why := why_no_postgres():
+        pytest.skip(why)
+    with postgres_server(tmp_path_factory.mktemp("postgres"), "-c", "fsync=off") as url:
+        yield url
 
 
 @pytest.fixture

@@ -181,6 +181,10 @@ class Registry:
             return self.feedback_of(request_id) or dict(feedback)
         return dict(feedback)
 
+    def engine(self) -> Engine:
+        """The database with its tables, for the other files of this package."""
+        return self._open()
+
     def close(self) -> None:
         """Closes connections."""
         if self._engine is not None:

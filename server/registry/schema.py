@@ -65,3 +65,29 @@ FEEDBACK_REQUESTS = Table(
     Column("feedback", Text, nullable=False),
     Column("create_ms", BigInteger, nullable=False),
 )
+
+# What was spent of a budget, by one holder (a server process). `scope`: "total", "provider:openai", "skill:triage", "key:acme"; `period`:
+# the local day "2026-11-21" or month "2026-11"; amounts in 1e-6 US dollars. `reserved` counts until `expires_ms`. Rows have one writer,
+# their holder; those of holders that are long gone are summed up under the holder "".
+BUDGET_WINDOWS = Table(
+    "budget_windows",
+    METADATA,
+    Column("scope", String(160), primary_key=True),
+    Column("period", String(10), primary_key=True),
+    Column("holder", String(32), primary_key=True),
+    Column("ends_ms", BigInteger, nullable=False),
+    Column("spent", BigInteger, nullable=False),
+    Column("reserved", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Index("budget_windows_by_end", "ends_ms"),
+)
+
+# Alerts that some server has taken upon itself to give, so that no other does. `level`: alert or stopped.
+BUDGET_ALERTS = Table(
+    "budget_alerts",
+    METADATA,
+    Column("scope", String(160), primary_key=True),
+    Column("period", String(10), primary_key=True),
+    Column("level", String(16), primary_key=True),
+    Column("create_ms", BigInteger, nullable=False),
+)

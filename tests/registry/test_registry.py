@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -18,49 +14,6 @@ import pytest
 from server.errors import FailedPrecondition, Unavailable
 from server.registry.registry import Adapter, Registry
 from server.settings import RegistryConfig
-
-
-def postgres_binaries() -> Path | None:
-    for folder in [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path(shutil.which("initdb") or "/-").parent]:
-        if (folder / "initdb").exists() and (folder / "postgres").exists():
-            return folder
-    return None
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of our own, on a free port."""
-    binaries = postgres_binaries()
-    if binaries is None or find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL's server binaries or psycopg are not installed")
-    folder = tmp_path_factory.mktemp("postgres")
-    user = {}
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        nobody = pwd.getpwnam("nobody")
-        user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
-        for part in (folder, *folder.parents[:-1]):
-            if part == folder:
-                os.chown(part, nobody.pw_uid, nobody.pw_gid)
-            elif part.stat().st_uid == 0 and "pytest" in str(part):
-                part.chmod(0o755)
-    data = folder / "data"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
-    subprocess.run([binaries / "initdb", "-D", data, "-U", "understudy", "-A", "trust", "--no-sync"], check=True, **quiet, **user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
-    server = subprocess.Popen([binaries / "postgres", "-D", data, "-p", str(port), *options], **quiet, **user)
-    try:
-        ready = [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-t", "1"]
-        for _ in range(300):
-            if subprocess.run(ready, check=False, **quiet).returncode == 0:
-                break
-            assert server.poll() is None, "PostgreSQL ended"
-        yield f"postgresql+psycopg://understudy@127.0.0.1:{port}/postgres"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

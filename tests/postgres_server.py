@@ -1,0 +1,61 @@
+"""A PostgreSQL of our own on a free port, where its binaries are installed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def postgres_binaries() -> Path | None:
+    """The folder of initdb and postgres, the newest where there are several."""
+    for folder in [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path(shutil.which("initdb") or "/-").parent]:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    return None
+
+
+def why_no_postgres() -> str:
+    """Why none can be started, or ""."""
+    missing = postgres_binaries() is None or find_spec("psycopg") is None
+    return "PostgreSQL's server binaries or psycopg are not installed" if missing else ""
+
+
+@contextmanager
+def postgres_server(folder: Path, *options: str) -> Iterator[str]:
+    """Runs one with its data in `folder`, which is new; gives its URL. `options` are of the command postgres: "-c", "fsync=off"."""
+    binaries = postgres_binaries()
+    assert binaries is not None
+    user: dict[str, Any] = {}
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        nobody = pwd.getpwnam("nobody")
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        for part in folder.parents[:-1]:
+            if part.stat().st_uid == 0 and ("pytest" in str(part) or "understudy" in part.name):
+                part.chmod(0o755)
+    data = folder / "data"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
+    subprocess.run([binaries / "initdb", "-D", data, "-U", "understudy", "-A", "trust", "--no-sync"], check=True, **quiet, **user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [binaries / "postgres", "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+    server = subprocess.Popen([*command, *options], **quiet, **user)
+    try:
+        ready = [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-t", "1"]
+        for _ in range(300):
+            if subprocess.run(ready, check=False, **quiet).returncode == 0:
+                break
+            assert server.poll() is None, "PostgreSQL ended"
+        yield f"postgresql+psycopg://understudy@127.0.0.1:{port}/postgres"
+    finally:
+        server.terminate()
+        server.wait()
