@@ -35,7 +35,8 @@ _MANY = 100  # windows a statement
 class Window:
     """A scope's limit over one day or month. Amounts in 1e-6 US dollars; times in milliseconds since 1970.
 
-    Nothing is reserved once `stop` is used, nor what would pass `limit`. `kind` is "day" or "month", `period` the local date.
+    Nothing is reserved once `stop` is used, nor what would pass `limit`; `alert` is for those who watch. `kind` is "day" or "month",
+    `period` the local date.
     """
 
     scope: str
@@ -44,6 +45,7 @@ class Window:
     ends_ms: int
     limit: int
     stop: int
+    alert: int = 0
 
     @property
     def key(self) -> Key:
