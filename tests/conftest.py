@@ -38,6 +38,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new SQLite file; then, where its binaries are installed, the PostgreSQL server, which all tests share."""
+    return str(request.getfixturevalue("postgres")) if request.param == "postgres" else f"sqlite:///{tmp_path}/registry.db"
+
+
 @pytest.fixture
 def start_server(tmp_path: Path, small_models: Path) -> Iterator[StartServer]:
     """Starts servers of a test's own: `start_server(config="", models=small_models, env=None, ready=True)`. Each must end cleanly."""
