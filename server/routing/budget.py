@@ -24,7 +24,7 @@ from server.routing.webhook import Webhook
 from server.settings import BudgetConfig
 
 _LOG = logging.getLogger(__name__)
-_LOOK_S = 1.0  # how often the use by other servers is looked at
+_LOOK_S = 1.0  # how often, at least, the use by other servers is looked at
 _WATCHED_KEYS = 1024
 _SOON_S = 1.0  # when to come again where only reservations of running calls are in the way
 
@@ -92,7 +92,7 @@ class Reservation:
 
 class _Ask(NamedTuple):
     wish: Wish
-    future: asyncio.Future[Reservation]
+    future: asyncio.Future[Reservation | Refusal]
 
 
 class _Do(NamedTuple):
@@ -155,14 +155,19 @@ class Budget:
             if used.spent >= window.stop or used.spent + amount_micro_usd > window.limit:  # what is spent stays spent: no need to ask
                 raise self._refused(Refusal(window, used), amount_micro_usd)
         loop = self._running()
-        future: asyncio.Future[Reservation] = loop.create_future()
+        future: asyncio.Future[Reservation | Refusal] = loop.create_future()
         self._queue.put(_Ask(Wish(windows, amount_micro_usd), future))
         try:
-            return await future
+            answer = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().close(0)
+                answer = future.result()
+                if isinstance(answer, Reservation):
+                    answer.close(0)
             raise
+        if isinstance(answer, Refusal):
+            raise self._refused(answer, amount_micro_usd)
+        return answer
 
     async def settle(self, reservation: Reservation, spent_micro_usd: int) -> None:
         """Replaces the promise by what was paid, in the windows of its time, even after its lease or its day ended.
@@ -238,16 +243,20 @@ class Budget:
         while True:
             if time.monotonic() >= next_look:
                 self._look()
-                next_look = time.monotonic() + _LOOK_S
-            items = self._take(next_look - time.monotonic())
-            asks = [item for item in items if isinstance(item, _Ask)]
-            answers = self._exchange(asks, [item for item in items if isinstance(item, Settlement)])
-            answers += [(item.future, _result(item.work)) for item in items if isinstance(item, _Do)]
-            if answers:
-                self._tell(answers)
-            if None in items:
+                next_look = time.monotonic() + min(_LOOK_S, self._config.lease_s / 3)
+            if not self._turn(next_look - time.monotonic()):
                 break
         self._ledger.close()
+
+    def _turn(self, wait_s: float) -> bool:
+        """One transaction for all that waits; False at the end. Nothing of it is kept: a reservation that is forgotten must be noticed."""
+        items = self._take(wait_s)
+        asks = [item for item in items if isinstance(item, _Ask)]
+        answers = self._exchange(asks, [item for item in items if isinstance(item, Settlement)])
+        answers += [(item.future, _result(item.work)) for item in items if isinstance(item, _Do)]
+        if answers:
+            self._tell(answers)
+        return None not in items
 
     def _take(self, wait_s: float) -> list[_Ask | Settlement | _Do | None]:
         """All that waits, or what comes first within a time."""
