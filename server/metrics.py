@@ -16,6 +16,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from server.errors import InvalidArgument
 from server.runtime.observer import BatchReport, StepReport
+from server.stats import ItemReport, Stats
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -53,6 +54,10 @@ NAMES = {
     "understudy_generation_inter_token_seconds": "Time between two tokens of an answer.",
     "understudy_skill_items_total": "Items of skills, by who answered: local, provider, nobody.",
     "understudy_skill_cost_usd_total": "What providers cost, in US dollars, by skill.",
+    "understudy_skill_seconds": "Time from an item's arrival to its answer, by skill and who answered.",
+    "understudy_skill_escalations_total": "Items that one candidate could not answer well enough, and another was asked, by skill.",
+    "understudy_budget_used_ratio": "Share of a budget's limit that is spent, over all servers, by scope and window.",
+    "understudy_budget_refusals_total": "Paid calls refused for want of budget, by scope and window.",
     "understudy_model_ready": "1 while a model version answers.",
 }
 
@@ -63,15 +68,6 @@ class Counts(NamedTuple):
     queued: int
     sequences: int
     batches: int
-
-
-class SkillCounts(NamedTuple):
-    """What became of a skill's items since the start; `cost` in millionths of one US dollar."""
-
-    requests: int
-    local: int
-    failed: int
-    cost: int
 
 
 class Metrics:
@@ -113,7 +109,11 @@ class Metrics:
         self._done: dict[tuple[str, str], tuple[int, int]] = {}  # sequences and batches; one engine thread writes an entry
         self._skill_items = self._counter("understudy_skill_items_total", ("skill", "answered_by"))
         self._skill_cost = self._counter("understudy_skill_cost_usd_total", ("skill",))
-        self.skills: dict[str, SkillCounts] = {}
+        self._skill_seconds = self._histogram("understudy_skill_seconds", ("skill", "answered_by"), _SECONDS)
+        self._skill_escalations = self._counter("understudy_skill_escalations_total", ("skill",))
+        self._budget_used = self._gauge("understudy_budget_used_ratio", ("scope", "window"))
+        self._budget_refusals = self._counter("understudy_budget_refusals_total", ("scope", "window"))
+        self.stats = Stats()
         self._waiting: dict[str, int] = {}
         self._children: dict[tuple[object, ...], Any] = {}
 
@@ -143,14 +143,23 @@ class Metrics:
         """A call got an error, with this value of ErrorReason."""
         self._child(self._errors, method, reason).inc()
 
-    def skill_done(self, skill: str, requests: int, local: int, failed: int, cost: int) -> None:
-        """A call of Run has been answered; `cost` in millionths of one US dollar. On the event loop alone."""
-        before = self.skills.get(skill, SkillCounts(0, 0, 0, 0))
-        now = (requests, local, failed, cost)
-        self.skills[skill] = SkillCounts(*(old + new for old, new in zip(before, now, strict=True)))
-        for who, count in (("local", local), ("provider", requests - local - failed), ("nobody", failed)):
-            self._child(self._skill_items, skill, who).inc(count)
-        self._child(self._skill_cost, skill).inc(cost / 1e6)
+    def item(self, skill: str, report: ItemReport) -> None:
+        """An item of a skill is finished. On the event loop alone."""
+        self.stats.add(skill, report)
+        self._child(self._skill_items, skill, report.answered_by).inc()
+        self._child(self._skill_seconds, skill, report.answered_by).observe(report.seconds)
+        if report.cost_micro_usd:
+            self._child(self._skill_cost, skill).inc(report.cost_micro_usd / 1e6)
+        if report.escalated:
+            self._child(self._skill_escalations, skill).inc()
+
+    def budget_used(self, scope: str, window: str, ratio: float) -> None:
+        """The share of a limit that is spent."""
+        self._child(self._budget_used, scope, window).set(ratio)
+
+    def budget_refused(self, scope: str, window: str) -> None:
+        """A paid call found no room in a budget."""
+        self._child(self._budget_refusals, scope, window).inc()
 
     def counts(self, model: str, version: str) -> Counts:
         """What GetStatus shows of a model version."""

@@ -1,23 +1,24 @@
 """understudy.v1.InferenceService: requests to the loaded models, results back.
 
-Run belongs to server/api/run.py, Generate and GenerateText to generate.py, Translate and Summarize to texts.py.
+Run, RunMany and ExplainRoute belong to server/api/run.py, Generate and GenerateText to generate.py, Translate and Summarize to texts.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from server.api import calls, convert
 from server.api.generate import GenerateServicer
+from server.api.generate_skill import SkillGeneration
+from server.api.run import RunServicer
 from server.api.selection import Selection
 from server.api.status import to_status
 from server.api.texts import TextServicer
 from server.api.wire import Context
 from server.core import Results, Task
 from server.errors import InvalidArgument, RequestTooLarge
-from server.metrics import Metrics
 from server.runtime.encoder import EncoderModel
 from server.runtime.runtime import Runtime
 from server.runtime.tasks.zero_shot import DEFAULT_TEMPLATE
@@ -39,32 +40,17 @@ MAX_ANSWERS = 100  # for each question: their spans are searched for and held fo
 MAX_ANSWER_TOKENS = 512
 
 
-class RunsSkills(Protocol):
-    """Who answers Run."""
-
-    async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse: ...
-
-
 class InferenceServicer:
-    """Edges only: limits and names here, the work in `EncoderModel`. `defaults`: the model of a task for calls that name none."""
+    """Edges only: limits and names here, the work in `EncoderModel`."""
 
-    def __init__(self, runtime: Runtime, defaults: Mapping[Task, str], max_items: int, run: RunsSkills, metrics: Metrics) -> None:
+    def __init__(self, runtime: Runtime, selection: Selection, max_items: int, run: RunServicer, skills: SkillGeneration) -> None:
         self._runtime = runtime
-        self._selection = selection = Selection(runtime, defaults)
+        self._selection = selection
         self._max_items = max_items
-        self._run = run
-        self._metrics = metrics
-        generation, texts = GenerateServicer(runtime, selection), TextServicer(runtime, selection, max_items)
+        generation, texts = GenerateServicer(runtime, selection, skills), TextServicer(runtime, selection, max_items)
+        self.Run, self.RunMany, self.ExplainRoute = run.Run, run.RunMany, run.ExplainRoute
         self.Generate, self.GenerateText = generation.Generate, generation.GenerateText
         self.Translate, self.Summarize = texts.Translate, texts.Summarize
-
-    async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
-        """Runs a skill."""
-        response = await self._run.Run(request, context)
-        failed = sum(1 for one in response.results if one.HasField("error"))
-        local = sum(1 for one in response.results if one.decision.local and not one.HasField("error"))
-        self._metrics.skill_done(request.skill, len(response.results), local, failed, response.cost.micro_usd)
-        return response
 
     async def Embed(self, request: pb.EmbedRequest, _context: Context) -> bytes:
         """Texts to vectors."""

@@ -113,7 +113,7 @@ class Budget:
     ) -> None:
         """Raises InvalidArgument where the webhook's place holds none."""
         self.limited = config.limited
-        self._config = config
+        self.config = config
         self._observer = observer
         self._ledger = Ledger(registry, lease_s=config.lease_s, clock=clock)
         self._windows = Windows(config)  # the event loop's
@@ -190,7 +190,7 @@ class Budget:
             return ""
         for window in self._windows.of(scopes, self._ledger.now()):
             if self._ledger.seen(window.key).total >= window.stop:
-                share = f"{self._config.stop_at * 100:g} %"
+                share = f"{self.config.stop_at * 100:g} %"
                 return f"{share} of the budget of {_spoken(window)} is spent or reserved; it resets at {rfc3339(window.ends_ms)}"
         return ""
 
@@ -243,7 +243,7 @@ class Budget:
         while True:
             if time.monotonic() >= next_look:
                 self._look()
-                next_look = time.monotonic() + min(_LOOK_S, self._config.lease_s / 3)
+                next_look = time.monotonic() + min(_LOOK_S, self.config.lease_s / 3)
             if not self._turn(next_look - time.monotonic()):
                 break
         self._ledger.close()
@@ -312,7 +312,7 @@ class Budget:
             self._alerted.clear()
         windows = [*self._watch.configured(), *self._watch.named(self._keys)]
         try:
-            if now - self._renewed_ms >= self._config.lease_s * 1000 / 3:
+            if now - self._renewed_ms >= self.config.lease_s * 1000 / 3:
                 self._ledger.renew()
                 self._renewed_ms = now
             self._ledger.exchange((), ())

@@ -19,14 +19,16 @@ ALLOWED = {
     "server.config": {"server.settings"},
     "server.logs": {"server.config"},
     "server.tracing": {"server.config"},
-    "server.metrics": {"server.config", "server.runtime"},
+    "server.stats": set(),
+    "server.metrics": {"server.config", "server.runtime", "server.stats"},
     "server.api": {
         "server.config", "server.settings", "server.logs", "server.metrics", "server.tracing", "server.routing", "server.runtime",
         "server.quality",
-        "server.lake", "server.registry", "understudy",
+        "server.lake", "server.registry", "server.stats", "understudy",
     },
     "server.routing": {
-        "server.config", "server.settings", "native", "server.runtime", "server.providers", "server.quality", "server.lake", "server.registry",
+        "server.config", "server.settings", "native", "server.runtime", "server.providers", "server.quality", "server.lake",
+        "server.registry", "server.stats",
     },
     "server.providers": {"server.config", "server.settings"},
     "server.quality": {"native"},
@@ -36,7 +38,7 @@ ALLOWED = {
     "server": {  # app.py, parts.py, cli.py and commands wire everything
         "server.config", "server.settings", "server.logs", "server.metrics", "server.tracing", "server.api", "server.routing",
         "server.providers",
-        "server.quality", "server.runtime", "server.lake", "server.registry", "native", "understudy",
+        "server.quality", "server.runtime", "server.lake", "server.registry", "server.stats", "native", "understudy",
     },
     "native": set(),
     "trainer": {
