@@ -6,7 +6,7 @@ Times are seconds of `time.monotonic()` unless a name ends in `_ns` or `_ms`. Ar
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, Generic, Literal, TypeVar
@@ -190,33 +190,99 @@ class Results(Generic[T]):
 
 
 class Preference(StrEnum):
-    """Who may answer a skill's request."""
+    """Who may answer a skill's request, and in which order; see understudy.v1.RoutePreference."""
 
     LOCAL_FIRST = "local_first"
     LOCAL_ONLY = "local_only"
     PROVIDER_ONLY = "provider_only"
+    CHEAPEST = "cheapest"
+    BEST = "best"
+    FASTEST = "fastest"
+    FREE_FIRST = "free_first"
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """What a caller allows: cost of one item in 1e-6 US dollars, expected latency of a candidate in seconds; None: no limit of the caller's."""
+
+    preference: Preference | None = None  # None: the skill's own
+    max_cost_micro_usd: int | None = None
+    max_latency_s: float | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Work:
+    """One input of a skill: a text, a pair of texts, or a conversation."""
+
+    text: str = ""
+    text_pair: str | None = None
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "text", "pair" or "chat"."""
+        return "chat" if self.messages else "text" if self.text_pair is None else "pair"
+
+    @property
+    def plain(self) -> str:
+        """Its words in one string: what is asked, for features and for the lake; of a conversation the last user's message."""
+        if self.messages:
+            return next((one.content for one in reversed(self.messages) if one.role == "user"), self.messages[-1].content)
+        return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
 
 
 @dataclass(slots=True, frozen=True)
 class Hop:
-    """A candidate that was asked or passed over. `outcome`: delivered, below_bar, failed, skipped; cost in 1e-6 US dollars."""
+    """A candidate that was asked or passed over. `outcome`: delivered, below_bar, failed, skipped, shadow; cost in 1e-6 US dollars."""
 
     candidate: str
     outcome: str
     reason: str
     quality: float | None = None
     cost_micro_usd: int = 0
+    elapsed_s: float = 0.0
+    tries: int = 1
+
+
+@dataclass(slots=True, frozen=True)
+class Detected:
+    """What a request in plain words was taken for; `task` is empty where none was near enough, `candidates` came near, best first."""
+
+    task: str
+    score: float = 0.0
+    phrase: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class Decision:
-    """How an answer came about. `candidate` is empty where none answered."""
+    """How an answer came about. `candidate` is empty where none answered; `propensity`: probability of the assignment that was drawn."""
 
     skill: str
     rollout_stage: str
     candidate: str = ""
     local: bool = False
     hops: list[Hop] = field(default_factory=list)
+    task: str = ""
+    preference: Preference = Preference.LOCAL_FIRST
+    difficulty: float | None = None
+    detected: Detected | None = None
+    propensity: float = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class Reply:
+    """What an answer says, whatever the task: `text` always, the others where the task has them."""
+
+    text: str = ""
+    labels: Sequence[Label] = ()
+    entities: Sequence[Entity] = ()
+    spans: Sequence[Span] = ()
+    embedding: FloatArray | None = None
+    score: float | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    finish: FinishReason | None = None
 
 
 @dataclass(slots=True)
@@ -224,13 +290,24 @@ class Outcome:
     """What became of one input of a skill: an answer or `error`, and its story in either case.
 
     `quality` is a calibrated probability in [0, 1], None where it is not known; cost in 1e-6 US dollars, all hops together.
+    `findings`: what was found wanting in the answer that was delivered.
     """
 
     interaction_id: str
     decision: Decision
-    output_text: str = ""
-    labels: list[Label] = field(default_factory=list)
+    reply: Reply = field(default_factory=Reply)
     quality: float | None = None
     cost_micro_usd: int = 0
     usage: Usage = field(default_factory=Usage)
+    findings: tuple[str, ...] = ()
     error: Exception | None = None
+
+    @property
+    def output_text(self) -> str:
+        """The answer in one string: for classification the best label."""
+        return self.reply.text
+
+    @property
+    def labels(self) -> Sequence[Label]:
+        """Classes, best first, for classification."""
+        return self.reply.labels

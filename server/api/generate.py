@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TypeAlias, TypeVar
 
 from server.api import calls, convert
+from server.api.generate_skill import SkillGeneration
 from server.api.selection import Selection
 from server.api.wire import Context
 from server.core import Call, FinishReason, Format, Message, Task, Timings, Tool, ToolCall
@@ -33,13 +34,19 @@ R = TypeVar("R", pb.GenerateResponse, pb.GenerateTextResponse)
 class GenerateServicer:
     """Edges only; the work is in `GeneratorModel` and its engine."""
 
-    def __init__(self, runtime: Runtime, selection: Selection) -> None:
+    def __init__(self, runtime: Runtime, selection: Selection, skills: SkillGeneration) -> None:
         self._runtime = runtime
         self._selection = selection
+        self._skills = skills
 
     async def Generate(self, request: pb.GenerateRequest, _context: Context) -> AsyncIterator[pb.GenerateResponse]:
         """What the answers get, as it comes. While the caller reads slowly, what has come meanwhile is merged."""
         call = _call(request)
+        if request.skill:
+            async for response in self._skills.stream(request, _tools(request), call):
+                yield response
+            return
+        _refuse_route(request)
         with self._use(request) as model:
             asked = to_request(request)
             if asked.best_of > asked.n:
@@ -58,6 +65,9 @@ class GenerateServicer:
     async def GenerateText(self, request: pb.GenerateTextRequest, _context: Context) -> pb.GenerateTextResponse:
         """The answers, whole."""
         call = _call(request)
+        if request.skill:
+            return await self._skills.whole(request, _tools(request), call)
+        _refuse_route(request)
         with self._use(request) as model:
             generation = await model.generate(to_request(request), call)
             try:
@@ -76,6 +86,17 @@ def _call(request: AnyRequest) -> Call:
     if not 0 <= request.priority <= 3:
         raise InvalidArgument(f"priority {request.priority} does not exist; expected a value of Priority.", field="priority")
     return calls.current_call(request.priority)
+
+
+def _refuse_route(request: AnyRequest) -> None:
+    """One model has no route: what bounds one would be ignored."""
+    for field in ("preference", "max_cost", "user"):
+        if request.HasField(field) if field == "max_cost" else getattr(request, field):
+            raise InvalidArgument(f"{field} is set without a skill; expected a skill too, whose route it bounds.", field=field)
+
+
+def _tools(request: AnyRequest) -> list[Tool]:
+    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools)]
 
 
 def _finish(generation: Generation, response: R) -> R:
@@ -171,7 +192,7 @@ def to_request(request: AnyRequest) -> GenerateRequest:
         prompt=request.prompt if kind == "prompt" else None,
         messages=_messages(request.chat.messages) if kind == "chat" else None,
         token_ids=request.token_ids.ids if kind == "token_ids" else None,
-        tools=[_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools)],
+        tools=_tools(request),
         sampling=_sampling(request),
         max_tokens=sampling.max_tokens,
         n=sampling.n or 1,

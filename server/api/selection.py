@@ -23,10 +23,13 @@ class Selection:
         """Name and version of the model that a `ModelSelector` means. Raises InvalidArgument, ModelNotLoaded."""
         if selector.version and not selector.name:
             raise InvalidArgument("a version without a name; expected model.name too.", field="model.name")
-        return selector.name or self._default(task), selector.version or None
+        return selector.name or self.default(task), selector.version or None
 
-    def _default(self, task: Task) -> str:
-        """The configured default, else the only loaded model that is made for the task, else the only one that does it."""
+    def default(self, task: Task) -> str:
+        """The configured default, else the only loaded model that is made for the task, else the only one that does it.
+
+        Raises InvalidArgument where there are several, ModelNotLoaded where there is none.
+        """
         known = self._defaults.get(task) or self._only.get(task)
         if known is not None:
             return known

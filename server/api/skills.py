@@ -36,12 +36,20 @@ class SkillServicer:
         skill = self._skills.get(name)
         message = skill_pb2.Skill(
             name=_PREFIX + skill.name,
-            task=skill.task.value,
+            task=skill.task,
             instruction=skill.instruction,
             labels=skill.labels,
             teacher=skill.teacher,
             base=skill.base,
             deliver_bar=skill.deliver_bar,
+            second_try_bar=skill.second_try_bar,
+            examples=[skill_pb2.SkillExample(input=given, output=wanted) for given, wanted in skill.examples],
+            json_schema=skill.json_schema,
+            fallbacks=skill.teachers[1:],
+            student_model=skill.student_model,
+            rollout_stage=self._skills.stage(name),
+            rollout_percent=_percent(self._skills.stage(name), skill.rollout_percent),
+            built_in=skill.built_in,
         )
         student = self._skills.student(name)
         if student is not None and student.calibration is not None:
@@ -50,3 +58,8 @@ class SkillServicer:
             message.student.version = manifest.version
             message.student.accuracy = manifest.metrics.get("accuracy", 0.0)
         return message
+
+
+def _percent(stage: str, canary: int) -> int:
+    """Share of the requests that students may answer."""
+    return {"full": 100, "canary": canary}.get(stage, 0)

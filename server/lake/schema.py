@@ -16,7 +16,7 @@ INTERACTIONS = "interactions"
 FEEDBACK = "feedback"
 TABLES = (INTERACTIONS, FEEDBACK)
 
-# `hops` and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars, latencies milliseconds.
+# `hops`, `parameters`, `detection`, `tool_calls`, and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars, latencies milliseconds.
 _COLUMNS: dict[str, dict[str, str]] = {
     INTERACTIONS: {
         "interaction_id": "string",
@@ -54,6 +54,19 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "rollout_stage": "string",
         "propensity": "float",
         "user_hash": "string",
+        "instruction": "string",
+        "parameters": "string",
+        "detection": "string",
+        "preference": "string",
+        "difficulty": "float",
+        "tool_calls": "string",
+        "finish_reason": "string",
+        "findings": "strings",
+        "first_token_ms": "float",
+        "stream": "bool",
+        "teacher_text": "string",
+        "student_text": "string",
+        "tenant": "string",
     },
     FEEDBACK: {
         "feedback_id": "string",

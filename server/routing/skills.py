@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.config import Config
-from server.core import Task
+from server.core import Preference
 from server.errors import InvalidArgument, SkillNotFound, UnderstudyError, near_names
 from server.quality.calibration import Calibration
 from server.runtime.heads import LinearHead
-from server.settings import SkillConfig
+from server.settings import SKILL_TASKS, RoutingConfig, SkillConfig
 
 MAX_LABEL_BYTES = 256
+MAX_SCHEMA_BYTES = 256 * 1024
+CLASSIFYING = ("text-classification", "zero-shot-classification")
 
 
 @dataclass(slots=True, frozen=True)
 class Skill:
-    """A named job. `provider` and `teacher_model` are empty where it has no teacher, `base` where it has no local model to learn on."""
+    """A named job; the fields are those of `server.settings.SkillConfig`.
+
+    `teachers`: "provider/model" in the order of asking, the teacher first. `task`: a Hugging Face pipeline tag.
+    """
 
     name: str
-    task: Task
-    instruction: str
-    labels: tuple[str, ...]
-    provider: str
-    teacher_model: str
-    base: str
-    deliver_bar: float
-    max_cost_micro_usd: int | None
+    task: str = "text-classification"
+    instruction: str = ""
+    labels: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    base: str = ""
+    student_model: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    json_schema: str = ""
+    deliver_bar: float = 0.8
+    second_try_bar: float = 0.6
+    preference: Preference = Preference.LOCAL_FIRST
+    rollout: str = "auto"
+    rollout_percent: int = 10
+    max_cost_micro_usd: int | None = None
+    max_latency_s: float | None = None
+    max_tokens: int = 512
+    temperature: float = 0.0
+    built_in: bool = False
 
     @property
     def teacher(self) -> str:
-        """As the configuration says it, "provider/model", or empty."""
-        return f"{self.provider}/{self.teacher_model}" if self.provider else ""
+        """Who sets the standard, or empty."""
+        return self.teachers[0] if self.teachers else ""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether answers are labels."""
+        return self.task in CLASSIFYING
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,7 +80,7 @@ class Adapters(Protocol):
 
 
 class SkillBook:
-    """Skills by name, from the configuration; students from the adapters, as they come and go."""
+    """Skills by name, from the configuration and one for each task; students from the adapters, as they come and go."""
 
     def __init__(self, skills: Mapping[str, Skill], adapters: Adapters) -> None:
         self._skills = dict(skills)
@@ -69,7 +90,7 @@ class SkillBook:
     @classmethod
     def from_config(cls, config: Config, adapters: Adapters) -> SkillBook:
         """Raises InvalidArgument, naming the setting, for a skill that cannot work."""
-        return cls({name: read_skill(name, skill) for name, skill in config.skills.items()}, adapters)
+        return cls(built_in(config.routing) | {name: read_skill(name, skill) for name, skill in config.skills.items()}, adapters)
 
     def names(self) -> list[str]:
         """Sorted."""
@@ -79,12 +100,11 @@ class SkillBook:
         """Raises SkillNotFound with near names."""
         skill = self._skills.get(name)
         if skill is None:
-            hint = near_names(name, self.names()) if self._skills else "none is configured; add a [skills.<name>] section."
-            raise SkillNotFound(f"There is no skill {name[:128]!r}; {hint}", skill=name[:128], field="skill")
+            raise SkillNotFound(f"There is no skill {name[:128]!r}; {near_names(name, self.names())}", skill=name[:128], field="skill")
         return skill
 
     def student(self, name: str) -> Student | None:
-        """Who answers locally at the moment, or None."""
+        """The head that answers locally at the moment, or None."""
         head = self._adapters.current(name)
         if head is None:
             return None
@@ -94,7 +114,12 @@ class SkillBook:
         return known
 
     def stage(self, name: str) -> str:
-        """Of the rollout: "full" where a calibrated student serves, else "held"."""
+        """Of the rollout: as configured; with "auto", "full" where a student may answer, else "held"."""
+        skill = self.get(name)
+        if skill.rollout != "auto":
+            return skill.rollout
+        if skill.student_model or (skill.built_in and not skill.teachers):
+            return "full"
         student = self.student(name)
         return "full" if student is not None and student.calibration is not None else "held"
 
@@ -113,41 +138,86 @@ def _student(head: LinearHead, skill: Skill) -> Student:
         return Student(head, None, error.message)
 
 
+def built_in(config: RoutingConfig) -> dict[str, Skill]:
+    """A skill for each task, of the task's name: local models of the task where there are any, else the default teacher."""
+    teachers = tuple(dict.fromkeys(model for model in (config.default_teacher, *config.default_fallbacks) if model))
+    return {task: Skill(task, task, teachers=teachers, built_in=True) for task in SKILL_TASKS}
+
+
 def read_skill(name: str, config: SkillConfig) -> Skill:
     """A skill as it is configured. Raises InvalidArgument, naming the setting."""
     place = f"skills.{name}"
-    if config.task is not Task.TEXT_CLASSIFICATION:
-        what = f"{place}.task is {config.task.value}; skills do text-classification"
-        message = f"{what}. Call local models of other tasks by their own methods."
-        raise InvalidArgument(message, field=f"{place}.task")
     labels = config.read_labels()
-    if len(labels) < 2:
-        message = f"{place} has {len(labels)} labels; a classification needs two at least. Give labels or labels_file."
-        raise InvalidArgument(message, field=f"{place}.labels")
-    for label in labels:
-        if not label.strip() or len(label.encode()) > MAX_LABEL_BYTES or not label.isprintable():
-            message = f"{place}.labels holds {label[:64]!r}; a label is printable text of 1 to {MAX_LABEL_BYTES} bytes on one line."
-            raise InvalidArgument(message, field=f"{place}.labels")
-    seen: dict[str, str] = {}
-    for label in labels:
-        other = seen.setdefault(normalised(label), label)
-        if other != label or labels.count(label) > 1:
-            message = f"{place}.labels holds {other!r} and {label!r}, which a teacher's answer cannot tell apart. Rename one."
-            raise InvalidArgument(message, field=f"{place}.labels")
-    if not config.teacher and not config.base:
-        raise InvalidArgument(f"{place} has neither teacher nor base: nobody could answer. Give one.", field=place)
-    provider, _, model = config.teacher.partition("/")
+    if config.task in CLASSIFYING:
+        _check_labels(labels, place)
+    elif labels:
+        raise InvalidArgument(f"{place}.labels are given, but {config.task} has none. Leave them out.", field=f"{place}.labels")
+    if not config.teacher and not config.base and not config.student_model:
+        raise InvalidArgument(f"{place} has neither teacher nor base nor student_model: nobody could answer. Give one.", field=place)
+    if config.fallbacks and not config.teacher:
+        raise InvalidArgument(f"{place}.fallbacks are given without a teacher. Name the first as teacher.", field=f"{place}.teacher")
+    teachers = tuple(model for model in (config.teacher, *config.fallbacks) if model)
+    if len(set(teachers)) < len(teachers):
+        message = f"{place}.fallbacks name a model twice; a request never asks one twice. Leave one out."
+        raise InvalidArgument(message, field=f"{place}.fallbacks")
     return Skill(
         name=name,
         task=config.task,
         instruction=config.instruction,
         labels=tuple(labels),
-        provider=provider,
-        teacher_model=model,
+        teachers=teachers,
         base=config.base,
+        student_model=config.student_model,
+        examples=tuple((one.input, one.output) for one in config.examples),
+        json_schema=_read_schema(config, place),
         deliver_bar=config.deliver_bar,
+        second_try_bar=config.second_try_bar,
+        preference=config.preference,
+        rollout=config.rollout,
+        rollout_percent=config.rollout_percent,
         max_cost_micro_usd=config.max_cost_micro_usd,
+        max_latency_s=config.max_latency_s,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
     )
+
+
+def check_labels(labels: list[str], place: str) -> None:
+    """Raises InvalidArgument, naming `place`, for labels that a teacher could not answer with."""
+    for label in labels:
+        if not label.strip() or len(label.encode()) > MAX_LABEL_BYTES or not label.isprintable():
+            message = f"{place} holds {label[:64]!r}; a label is printable text of 1 to {MAX_LABEL_BYTES} bytes on one line."
+            raise InvalidArgument(message, field=place)
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(normalised(label), label)
+        if other != label or labels.count(label) > 1:
+            message = f"{place} holds {other!r} and {label!r}, which a teacher's answer cannot tell apart. Rename one."
+            raise InvalidArgument(message, field=place)
+
+
+def _check_labels(labels: list[str], place: str) -> None:
+    if len(labels) < 2:
+        message = f"{place} has {len(labels)} labels; a classification needs two at least. Give labels or labels_file."
+        raise InvalidArgument(message, field=f"{place}.labels")
+    check_labels(labels, f"{place}.labels")
+
+
+def _read_schema(config: SkillConfig, place: str) -> str:
+    text = config.read_json_schema()
+    if not text:
+        return ""
+    field = f"{place}.json_schema"
+    if config.task in CLASSIFYING or len(text.encode()) > MAX_SCHEMA_BYTES:
+        message = f"{field} is for skills that write text, and has {MAX_SCHEMA_BYTES} bytes at most. Leave it out, or shorten it."
+        raise InvalidArgument(message, field=field)
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{field} is no JSON: {str(error)[:100]}. Give a JSON Schema.", field=field) from None
+    if not isinstance(schema, dict):
+        raise InvalidArgument(f"{field} is no JSON object. Give a JSON Schema.", field=field)
+    return text
 
 
 def normalised(label: str) -> str:

@@ -6,17 +6,22 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from server.config import RuntimeConfig
-from server.core import Call, FloatArray, Task, Usage
+from server.core import Call, FloatArray, Limits, Preference, Task, Usage, Work
 from server.errors import DeadlineExceeded, UnderstudyError, Unimplemented
 from server.lake.lake import Lake
 from server.providers.base import Completion, Embeddings, Health, Part, Prompt
 from server.quality.calibration import Calibration
+from server.routing.briefing import Ask
+from server.routing.judge import QualityJudge
+from server.routing.pace import Paces
 from server.routing.router import Router
+from server.routing.routes import RouteParts
 from server.routing.skills import Skill, SkillBook, Student
 from server.runtime.heads import Base, Features, HeadSpec, LinearHead, write_linear_head
 from server.runtime.loader import make_loader
@@ -83,6 +88,17 @@ class ScriptedProvider:
         pass
 
 
+def ask(
+    *texts: str,
+    preference: Preference | None = None,
+    max_cost_micro_usd: int | None = None,
+    skill: str = "intent",
+    **more: Any,
+) -> Ask:
+    """A request for texts."""
+    return Ask(skill, [Work(text) for text in texts], limits=Limits(preference, max_cost_micro_usd), **more)
+
+
 class Heads:
     """Adapters in memory."""
 
@@ -114,9 +130,23 @@ class Bench:
         max_cost: int | None = None,
         labels: tuple[str, ...] = LABELS,
     ) -> Router:
-        teacher = ("vendor", "big") if provider else ("", "")
-        skill = Skill("intent", Task.TEXT_CLASSIFICATION, "Say what.", labels, *teacher, "embedder", bar, max_cost)
-        return Router(SkillBook({"intent": skill}, self.heads), self.runtime, {"vendor": provider} if provider else {}, self.lake)
+        skill = Skill(
+            "intent",
+            instruction="Say what.",
+            labels=labels,
+            teachers=("vendor/big",) if provider else (),
+            base="embedder",
+            deliver_bar=bar,
+            max_cost_micro_usd=max_cost,
+        )
+        return self.router_of(skill, {"vendor": provider} if provider else {})
+
+    def router_of(self, skill: Skill, providers: Mapping[str, ScriptedProvider], **more: Any) -> Router:
+        parts = RouteParts(SkillBook({skill.name: skill}, self.heads), self.runtime, providers, self.default_model, Paces(), **more)
+        return Router(parts, self.lake, QualityJudge(self.runtime, lambda: "embedder"))
+
+    def default_model(self, task: Task) -> str:
+        return {Task.FEATURE_EXTRACTION: "embedder"}[task]
 
     def row(self, index: int = -1) -> dict[str, object]:
         return self.rows[index]
@@ -180,4 +210,4 @@ async def bench(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         log.close()
 
 
-__all__ = ["SURE", "UNSURE", "Bench", "ScriptedProvider", "Student"]
+__all__ = ["SURE", "UNSURE", "Bench", "ScriptedProvider", "Student", "ask"]

@@ -61,6 +61,11 @@ class GeneratorModel:
         self.tokenizer = parts.tokenizer
         self._parts = parts
 
+    @property
+    def chats(self) -> bool:
+        """Whether it takes conversations."""
+        return self._parts.reader.chats
+
     def text_of(self, token_id: int) -> str:
         """The text of one token by itself."""
         return str(self.tokenizer.inner.decode([token_id], skip_special_tokens=False))

@@ -36,6 +36,11 @@ class PromptReader:
         except RecursionError:
             raise ModelRejected(f"the special tokens of model {model!r} nest too deep; expected a few short words.", model=model) from None
 
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._template is not None
+
     def text(self, prompt: str) -> list[int]:
         """Tokens of a prompt, with those that the tokenizer puts around a sequence, and one at most to begin it."""
         self._check_length(len(prompt), "prompt")

@@ -1,0 +1,147 @@
+"""Generate and GenerateText where a skill is named: the router's answer in place of one model's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message as ProtoMessage
+
+from server.api import calls, convert
+from server.api.skill_requests import MAX_TEXT_BYTES, check_user, decision_of, limits_of, messages_of
+from server.core import Call, FinishReason, Outcome, Tool, Work
+from server.errors import InvalidArgument, RequestTooLarge
+from server.routing.briefing import Ask
+from server.routing.router import Router
+from understudy.v1 import common_pb2, generation_pb2
+from understudy.v1 import inference_service_pb2 as pb
+
+_TASK = "text-generation"
+_SAMPLING = ("max_tokens", "temperature")
+_FINISH = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: generation_pb2.FINISH_REASON_TOOL_CALLS,
+}
+
+
+class SkillGeneration:
+    """Edges only. What only one local model could do (token ids, log-probabilities, several answers) is refused by its field."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def stream(self, request: pb.GenerateRequest, tools: list[Tool], call: Call) -> AsyncIterator[pb.GenerateResponse]:
+        """Words as they may be seen, then the end with the whole story."""
+        ask = self._ask(request, tools, call)
+        outcomes = self._router.stream(ask, call)
+        try:
+            async for piece in outcomes:
+                if isinstance(piece, str):
+                    yield pb.GenerateResponse(deltas=[generation_pb2.GenerationDelta(text=piece)])
+                    continue
+                end = generation_pb2.GenerationDelta(finish_reason=_finish(piece), tool_calls=_tools(piece))
+                response = pb.GenerateResponse(deltas=[end])
+                _tell(response, piece)
+                yield response
+        finally:
+            await outcomes.aclose()
+
+    async def whole(self, request: pb.GenerateTextRequest, tools: list[Tool], call: Call) -> pb.GenerateTextResponse:
+        """The answer at once."""
+        results = await self._router.run(self._ask(request, tools, call), call)
+        calls.current().note(results)
+        (outcome,) = results.items
+        assert isinstance(outcome, Outcome), "the router gives outcomes"
+        if outcome.error is not None:
+            raise outcome.error
+        text = generation_pb2.GeneratedText(text=outcome.output_text, finish_reason=_finish(outcome), tool_calls=_tools(outcome))
+        response = pb.GenerateTextResponse(results=[text])
+        _tell(response, outcome)
+        return response
+
+    def _ask(self, request: Any, tools: list[Tool], call: Call) -> Ask:
+        skill = self._router.skills.get(request.skill)
+        if skill.task != _TASK:
+            message = f"the skill {skill.name!r} does {skill.task}; Generate takes skills of the task {_TASK}. Call Run."
+            raise InvalidArgument(message, field="skill")
+        _refuse_set(request, ("adapter", "return_token_ids", "logprobs", "top_logprobs"), "")
+        _refuse_set(request.sampling, [f.name for f in request.sampling.DESCRIPTOR.fields if f.name not in _SAMPLING], "sampling.")
+        if request.model.name:
+            raise InvalidArgument("model and skill are both set; expected one: a skill finds its model.", field="model")
+        call.user = check_user(request.user)
+        sampling = request.sampling
+        if sampling.max_tokens < 0:
+            raise InvalidArgument(
+                f"sampling.max_tokens is {sampling.max_tokens}; expected 0 or more.", field="sampling.max_tokens", limit=0
+            )
+        temperature = sampling.temperature if sampling.HasField("temperature") else None
+        if temperature is not None and not 0 <= temperature <= 2:
+            raise InvalidArgument(f"sampling.temperature is {temperature:g}; expected 0 to 2.", field="sampling.temperature")
+        return Ask(
+            request.skill,
+            [self._work(request)],
+            limits=limits_of(request),
+            tools=tuple(tools),
+            max_tokens=sampling.max_tokens,
+            temperature=temperature,
+            json_schema=_schema(request),
+        )
+
+    def _work(self, request: Any) -> Work:
+        kind = request.WhichOneof("input")
+        if kind == "chat":
+            return Work(messages=messages_of(request.chat.messages, "chat.messages"))
+        if kind != "prompt":
+            what = "token_ids are one model's own" if kind else "the request has no input"
+            raise InvalidArgument(f"{what}; expected prompt or chat with a skill.", field=kind or "prompt")
+        size = len(request.prompt.encode())
+        if size > MAX_TEXT_BYTES:
+            raise RequestTooLarge(
+                f"prompt has {size} bytes; expected at most {MAX_TEXT_BYTES}. Cut it.", field="prompt", limit=MAX_TEXT_BYTES
+            )
+        if not request.prompt.strip():
+            raise InvalidArgument("prompt is blank; expected some words.", field="prompt")
+        return Work(request.prompt)
+
+
+def _schema(request: Any) -> str:
+    if not request.HasField("response_format"):
+        return ""
+    kind = request.response_format.WhichOneof("format")
+    if kind != "json_schema":
+        message = f"response_format.{kind or 'format'} is not what every provider can do; expected json_schema with a skill."
+        raise InvalidArgument(message, field="response_format")
+    return str(request.response_format.json_schema)
+
+
+def _refuse_set(message: ProtoMessage, fields: Any, prefix: str) -> None:
+    for descriptor, _ in message.ListFields():
+        if descriptor.name in fields:
+            name = prefix + descriptor.name
+            text = f"{name} is set together with skill; expected it unset: not every candidate of a route can do it. Name a model instead."
+            raise InvalidArgument(text, field=name)
+
+
+def _finish(outcome: Outcome) -> Any:
+    return _FINISH.get(outcome.reply.finish or FinishReason.STOP)
+
+
+def _tools(outcome: Outcome) -> list[generation_pb2.ToolCall]:
+    return [generation_pb2.ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in outcome.reply.tool_calls]
+
+
+def _tell(response: Any, outcome: Outcome) -> None:
+    """The story, into the last response."""
+    decision = outcome.decision
+    response.decision.CopyFrom(decision_of(decision))
+    response.cost.CopyFrom(common_pb2.Cost(micro_usd=outcome.cost_micro_usd))
+    if outcome.quality is not None:
+        response.quality = outcome.quality
+    response.interaction_id = outcome.interaction_id
+    response.usage.CopyFrom(convert.usage(outcome.usage))
+    response.model.name = decision.candidate
+    scope = calls.current()
+    scope.model = decision.candidate
+    scope.items = 1
+    scope.tokens = outcome.usage.input + outcome.usage.output

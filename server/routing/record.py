@@ -1,0 +1,90 @@
+"""What the lake keeps of an interaction."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from server.core import Call, Timings, Work
+from server.errors import InternalError, UnderstudyError
+from server.routing.candidates import Answer, Brief
+from server.routing.items import Item
+
+_MOST_LABELS = 8
+
+
+def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int, elapsed_s: float) -> dict[str, Any]:
+    """The interaction as server.lake.schema describes it, without `user_hash`, which is the lake's to make."""
+    skill, outcome, decision = brief.skill, item.outcome, item.outcome.decision
+    teacher = next((item.answers[name] for name in skill.teachers if name in item.answers), None)
+    name, student = next(((key, value) for key, value in item.answers.items() if key.startswith("local:")), ("", None))
+    delivered = item.answers.get(decision.candidate)
+    adapter, _, version = name.removeprefix("local:").partition("@")
+    reply = outcome.reply
+    return {
+        "time_ns": started_ns,
+        "interaction_id": outcome.interaction_id,
+        "request_id": call.request_id,
+        "skill": skill.name,
+        "task": skill.task,
+        "input_kind": item.work.kind,
+        "input": shown(item.work),
+        "instruction": brief.instruction or None,
+        "parameters": json.dumps(dict(brief.parameters), ensure_ascii=False) if brief.parameters else None,
+        "detection": json.dumps(asdict(decision.detected), ensure_ascii=False) if decision.detected else None,
+        "preference": decision.preference.value,
+        "difficulty": decision.difficulty,
+        "hops": json.dumps([asdict(hop) for hop in decision.hops], ensure_ascii=False),
+        "candidate": decision.candidate,
+        "local": decision.local,
+        "output_text": outcome.output_text,
+        "labels": [label.name for label in reply.labels[:_MOST_LABELS]],
+        "scores": [label.score for label in reply.labels[:_MOST_LABELS]],
+        "tool_calls": json.dumps([asdict(one) for one in reply.tool_calls], ensure_ascii=False) if reply.tool_calls else None,
+        "finish_reason": reply.finish.value if reply.finish is not None else None,
+        "findings": list(outcome.findings),
+        "quality": outcome.quality,
+        "error": _reason(outcome.error),
+        "cost_micro_usd": outcome.cost_micro_usd,
+        "input_tokens": item.input_tokens,
+        "output_tokens": item.output_tokens,
+        "queue_ms": timings.queue * 1e3,
+        "tokenize_ms": timings.tokenize * 1e3,
+        "run_ms": timings.run * 1e3,
+        "post_ms": timings.post * 1e3,
+        "provider_ms": item.provider_s * 1e3,
+        "first_token_ms": item.first_token_s * 1e3 if item.first_token_s else None,
+        "total_ms": elapsed_s * 1e3,
+        "stream": item.stream,
+        "teacher_label": _label(teacher),
+        "student_label": _label(student),
+        "teacher_text": teacher.reply.text if teacher else None,
+        "student_text": student.reply.text if student else None,
+        "student_quality": student.quality if student else None,
+        "student": adapter or None,
+        "student_version": version or None,
+        "source_model": delivered.source_model if delivered else None,
+        "training_allowed": bool(teacher and teacher.training_allowed),
+        "rollout_stage": decision.rollout_stage,
+        "propensity": decision.propensity,
+        "tenant": call.tenant or None,
+    }
+
+
+def shown(work: Work) -> str:
+    """An input as one string: a text as it is, pairs and conversations as JSON."""
+    if work.kind == "text":
+        return work.text
+    if work.kind == "pair":
+        return json.dumps({"text": work.text, "text_pair": work.text_pair}, ensure_ascii=False)
+    messages = [{"role": m.role, "content": m.content, **({"images": len(m.images)} if m.images else {})} for m in work.messages]
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _label(answer: Answer | None) -> str | None:
+    return answer.reply.labels[0].name if answer and answer.reply.labels else None
+
+
+def _reason(error: Exception | None) -> str | None:
+    return None if error is None else error.reason if isinstance(error, UnderstudyError) else InternalError.reason

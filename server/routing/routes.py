@@ -1,0 +1,202 @@
+"""Who may answer a request, in which order, and who is passed over for which of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.core import Call, Limits, Preference, Task, Work
+from server.errors import FailedPrecondition, InvalidArgument, ModelNotLoaded, UnderstudyError
+from server.providers.base import Provider
+from server.routing.budget import Budget
+from server.routing.budget_windows import Scopes
+from server.routing.candidates import Brief, Candidate
+from server.routing.items import Item, Place
+from server.routing.local_head import HeadCandidate
+from server.routing.local_model import EncoderCandidate, GeneratorCandidate
+from server.routing.pace import Paces
+from server.routing.policy import Facts, assigned, order
+from server.routing.remote import ProviderCandidate
+from server.routing.skills import Skill, SkillBook
+from server.runtime.runtime import Runtime
+
+# What a task's built-in skill asks of local models: models of these tasks, the first that is loaded.
+_LOCAL_TASKS: Mapping[str, tuple[Task, ...]] = {
+    "text-classification": (Task.TEXT_CLASSIFICATION,),
+    "zero-shot-classification": (Task.ZERO_SHOT_CLASSIFICATION,),
+    "token-classification": (Task.TOKEN_CLASSIFICATION,),
+    "question-answering": (Task.QUESTION_ANSWERING, Task.TEXT_GENERATION),
+    "table-question-answering": (Task.TEXT_GENERATION,),
+    "translation": (Task.TRANSLATION, Task.TEXT_GENERATION),
+    "summarization": (Task.SUMMARIZATION, Task.TEXT_GENERATION),
+    "text-generation": (Task.TEXT_GENERATION,),
+    "fill-mask": (Task.TEXT_GENERATION,),
+    "feature-extraction": (Task.FEATURE_EXTRACTION,),
+    "text-ranking": (Task.TEXT_RANKING,),
+    "sentence-similarity": (Task.FEATURE_EXTRACTION,),
+}
+
+
+class Difficulty(Protocol):
+    """Says how hard inputs are for a skill's student."""
+
+    async def estimate(self, skill: str, texts: Sequence[str]) -> list[float] | None:
+        """Probability in [0, 1] that the local answer will not be acceptable, a text; None where nothing was learned of the skill."""
+        ...
+
+
+@dataclass(slots=True)
+class RouteParts:
+    """What routes are made of. `default_model`: the model of a task for requests that name none; raises where there is none, or several."""
+
+    skills: SkillBook
+    runtime: Runtime
+    providers: Mapping[str, Provider]
+    default_model: Callable[[Task], str]
+    paces: Paces
+    budget: Budget | None = None
+    difficulty: Difficulty | None = None
+    max_difficulty: float = 0.6
+
+
+class Routes:
+    """One a process, on the event loop."""
+
+    def __init__(self, parts: RouteParts) -> None:
+        self._parts = parts
+
+    def places(self, brief: Brief, limits: Limits, work: Work) -> list[Place]:
+        """The route of a request; `work`: one of its inputs, for prices. Raises FailedPrecondition where nobody may answer."""
+        skill, preference = brief.skill, limits.preference or brief.skill.preference
+        stage = self._parts.skills.stage(skill.name)
+        locals_, why = self._locals(brief)
+        # Until its quality is known, a skill stays with its teacher, unless the caller asks for what is free, quick or here.
+        waits = stage == "held" and skill.teachers and preference in (Preference.LOCAL_FIRST, Preference.BEST)
+        if stage == "held" and skill.rollout == "held":
+            locals_, why = [], "its rollout is held."
+        elif waits:
+            locals_, why = [], "its students are not measured yet."
+        shadow = stage == "shadow" and preference is not Preference.LOCAL_ONLY
+        remotes = [] if skill.classifies and not brief.labels else self._remotes(brief)
+        made: dict[str, Candidate] = {one.name: one for one in (*locals_, *remotes)}
+        facts = [
+            Facts(one.name, one.local, rank, one.worst_cost_micro_usd(work), one.expected_s())
+            for rank, one in enumerate(made.values())
+            if not (shadow and one.local)
+        ]
+        found = [Place(made[one.name], reason) for one, reason in order(facts, preference)]
+        if shadow and preference is not Preference.PROVIDER_ONLY:
+            found += [Place(one, "it runs in the shadow of the teacher", shadow=True) for one in locals_]
+        if not any(not place.shadow for place in found):
+            raise self._nobody(skill, preference, why)
+        return found
+
+    async def pass_over(self, brief: Brief, limits: Limits, places: Sequence[Place], items: Sequence[Item], call: Call) -> None:
+        """Marks, item by item, the candidates that will not be asked. Assignments stick to the call's user, without one to the item."""
+        skill = brief.skill
+        latency = limits.max_latency_s if limits.max_latency_s is not None else skill.max_latency_s
+        remote = any(not place.candidate.local for place in places)
+        stage = self._parts.skills.stage(skill.name)
+        for place in places:
+            reason = _slow(place.candidate, latency)
+            if reason:
+                for item in items:
+                    item.passed_over[place.candidate.name] = reason
+        students = [place.candidate for place in places if place.candidate.local and not place.shadow]
+        if not students or not remote or limits.preference in (Preference.LOCAL_ONLY, Preference.PROVIDER_ONLY):
+            return
+        if stage == "canary":
+            for item in items:
+                inside, item.outcome.decision.propensity = assigned(skill.name, call.user or item.outcome.interaction_id, skill.rollout_percent)
+                if not inside:
+                    for student in students:
+                        item.passed_over[student.name] = f"assigned to the teacher: {skill.rollout_percent} % go to the student"
+        await self._difficulty(skill, students, items)
+
+    async def _difficulty(self, skill: Skill, students: Sequence[Candidate], items: Sequence[Item]) -> None:
+        if self._parts.difficulty is None:
+            return
+        values = await self._parts.difficulty.estimate(skill.name, [item.work.plain for item in items])
+        if values is None:
+            return
+        for item, value in zip(items, values, strict=True):
+            item.outcome.decision.difficulty = value
+            if value > self._parts.max_difficulty:
+                for student in students:
+                    reason = f"it seems too hard: difficulty {value:.2f} is above {self._parts.max_difficulty:g}"
+                    item.passed_over.setdefault(student.name, reason)
+
+    def blocked(self, brief: Brief, candidate: Candidate, call: Call) -> str:
+        """Why a budget keeps a candidate from being asked, as of the last look, or ""; asking it finds out exactly."""
+        if candidate.local or self._parts.budget is None:
+            return ""
+        scopes = Scopes(provider=candidate.name.partition("/")[0], skill=brief.skill.name, key=call.tenant)
+        return self._parts.budget.blocked(scopes)
+
+    def _locals(self, brief: Brief) -> tuple[list[Candidate], str]:
+        """Local candidates in order, and why there is none."""
+        parts, skill = self._parts, brief.skill
+        found: list[Candidate] = []
+        why = "there is no student yet; run `understudy train` once there is enough traffic."
+        student = parts.skills.student(skill.name)
+        if student is not None and student.calibration is None:
+            why = f"its student {student.candidate} is held: {student.held}. Train it again."
+        elif student is not None:
+            found.append(HeadCandidate(student, parts.runtime, parts.paces))
+        if skill.student_model:
+            try:
+                found.append(self._model(skill.student_model, brief))
+            except UnderstudyError as error:
+                why = error.message
+        elif skill.built_in:
+            candidate, problem = self._default(brief)
+            found += [candidate] if candidate is not None else []
+            why = problem
+        return found, why
+
+    def _default(self, brief: Brief) -> tuple[Candidate | None, str]:
+        """The loaded model that does the skill's task best, or why there is none."""
+        tasks = _LOCAL_TASKS[brief.skill.task]
+        if brief.skill.classifies and brief.labels:
+            tasks = (Task.ZERO_SHOT_CLASSIFICATION, Task.TEXT_GENERATION)
+        problem = ""
+        for task in tasks:
+            try:
+                return self._of_task(self._parts.default_model(task), task, brief), ""
+            except (ModelNotLoaded, InvalidArgument) as error:
+                problem = problem or error.message
+        return None, problem
+
+    def _model(self, model: str, brief: Brief) -> Candidate:
+        task = self._parts.runtime.manifest(model.partition("/")[0]).task
+        if task is Task.FEATURE_EXTRACTION and brief.skill.classifies:
+            task = Task.ZERO_SHOT_CLASSIFICATION
+        return self._of_task(model, task, brief)
+
+    def _of_task(self, model: str, task: Task, brief: Brief) -> Candidate:
+        if task is Task.TEXT_GENERATION:
+            return GeneratorCandidate(model, self._parts.runtime, brief, self._parts.paces)
+        return EncoderCandidate(model, task, self._parts.runtime, brief, self._parts.paces)
+
+    def _remotes(self, brief: Brief) -> list[Candidate]:
+        found: list[Candidate] = []
+        for model in brief.skill.teachers:
+            provider = self._parts.providers.get(model.partition("/")[0])
+            if provider is not None:
+                found.append(ProviderCandidate(model, provider, brief, self._parts.budget))
+        return found
+
+    def _nobody(self, skill: Skill, preference: Preference, why: str) -> FailedPrecondition:
+        if preference is Preference.PROVIDER_ONLY:
+            why = "it has no teacher; give it one in the configuration."
+        elif not skill.teachers:
+            why = f"it has no teacher, and {why}"
+        return FailedPrecondition(f"Nobody may answer the skill {skill.name!r}: {why}", skill=skill.name, preference=preference.value)
+
+
+def _slow(candidate: Candidate, latency: float | None) -> str:
+    expected = candidate.expected_s()
+    if latency is None or expected is None or expected <= latency:
+        return ""
+    return f"it took {expected:.3g} s of late; at most {latency:.3g} s are allowed"
