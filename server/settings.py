@@ -7,48 +7,103 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from server.core import Task
-from server.errors import InvalidArgument
+from server.core import Preference
+from server.errors import InvalidArgument, near_names
 
 MIB = 1 << 20
 EnvName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+KeyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,127}$")]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-class SkillConfig(Section):
-    """A named job. `teacher` is "provider/model"; `base` is a model of the repository; give `labels` or `labels_file` (one a line)."""
+SKILL_TASKS = (
+    "text-classification",
+    "zero-shot-classification",
+    "token-classification",
+    "question-answering",
+    "table-question-answering",
+    "translation",
+    "summarization",
+    "text-generation",
+    "fill-mask",
+    "feature-extraction",
+    "text-ranking",
+    "sentence-similarity",
+)
+"""Tasks that skills do, as Hugging Face pipeline tags. All of them take text."""
 
-    task: Task = Task.TEXT_CLASSIFICATION
+
+def _model_of_provider(value: str) -> str:
+    if value and not all(value.partition("/")[::2]):
+        raise ValueError('must be "provider/model", for example "openai/gpt-4o-mini"')
+    return value
+
+
+ProviderModel = Annotated[str, AfterValidator(_model_of_provider)]
+
+
+class ExampleConfig(Section):
+    """An input and the answer that is wanted; the teacher is shown it."""
+
+    input: str
+    output: str
+
+
+class SkillConfig(Section):
+    """A named job.
+
+    `teacher` and `fallbacks` are "provider/model"; `base` is a model of the repository that heads are trained on; `student_model` is a
+    local model that answers by itself, "model" or "model/adapter". Give `labels` or `labels_file` (one a line), `json_schema` or
+    `json_schema_file`. `rollout` auto: full where a calibrated student serves, else held.
+    """
+
+    task: str = "text-classification"
     instruction: str = ""
+    examples: list[ExampleConfig] = Field(default=[], max_length=64)
     labels: list[str] = []
     labels_file: str = ""
-    teacher: str = ""
+    json_schema: str = ""
+    json_schema_file: str = ""
+    teacher: ProviderModel = ""
+    fallbacks: list[ProviderModel] = []  # asked after the teacher, in order
     base: str = ""
+    student_model: str = ""
     deliver_bar: float = Field(default=0.8, ge=0, le=1)
+    second_try_bar: float = Field(default=0.6, ge=0, le=1)  # from here to deliver_bar a generated answer gets a second try
+    preference: Preference = Preference.LOCAL_FIRST
+    rollout: Literal["auto", "held", "shadow", "canary", "full"] = "auto"
+    rollout_percent: Literal[10, 50, 80] = 10  # of a canary: the share of requests that the student may answer
     min_rows: int = Field(default=100, ge=1)  # the trainer refuses fewer
     max_cost_micro_usd: int | None = Field(default=None, ge=0)  # most that one item may cost, in 1e-6 US dollars; unset: no limit
+    max_latency_s: float | None = Field(default=None, gt=0)  # candidates expected to take longer are passed over; unset: no limit
+    max_tokens: int = Field(default=512, ge=1)  # most that an answer may have, and so what it may cost
+    temperature: float = Field(default=0.0, ge=0, le=2)
 
-    @field_validator("teacher")
+    @field_validator("task")
     @classmethod
-    def _teacher(cls, value: str) -> str:
-        if value and not all(value.partition("/")[::2]):
-            raise ValueError('must be "provider/model", for example "openai/gpt-4o-mini"')
+    def _task(cls, value: str) -> str:
+        if value not in SKILL_TASKS:
+            raise ValueError(f"is {value!r}; skills do text tasks; {near_names(value, list(SKILL_TASKS))}")
         return value
 
     @model_validator(mode="after")
     def _one_source(self) -> SkillConfig:
-        if self.labels and self.labels_file:
-            raise ValueError("give labels or labels_file, not both")
+        for name in ("labels", "json_schema"):
+            if getattr(self, name) and getattr(self, f"{name}_file"):
+                raise ValueError(f"give {name} or {name}_file, not both")
+        if self.second_try_bar > self.deliver_bar:
+            raise ValueError(f"second_try_bar {self.second_try_bar:g} is above deliver_bar {self.deliver_bar:g}")
         return self
 
     def read_labels(self) -> list[str]:
@@ -57,31 +112,80 @@ class SkillConfig(Section):
             return list(self.labels)
         return [line.strip() for line in read_text(self.labels_file, "labels_file").splitlines() if line.strip()]
 
+    def read_json_schema(self) -> str:
+        """The schema as text, or "". Raises InvalidArgument when the file cannot be read."""
+        return read_text(self.json_schema_file, "json_schema_file") if self.json_schema_file else self.json_schema
+
+
+class RoutingConfig(Section):
+    """What holds for all skills. The built-in skill of each task has `default_teacher`, then `default_fallbacks`, as its teachers."""
+
+    default_teacher: ProviderModel = ""
+    default_fallbacks: list[ProviderModel] = []
+    embedder: Name | Literal[""] = (
+        ""  # model that finds the task of plain words and compares answers; "": the default for feature-extraction
+    )
+    hold_tokens: int = Field(default=24, ge=1)  # a routed stream of a local model is held back for so many tokens until it was looked at
+    max_difficulty: float = Field(default=0.6, ge=0, le=1)  # inputs that are likelier than this to be beyond the student go past it
+    run_many_in_flight: int = Field(default=64, ge=1)  # requests of one RunMany stream that run at once
+
 
 class PriceConfig(Section):
-    """Prices of one provider model in US dollars a million tokens."""
+    """Prices of one provider model in US dollars a million tokens. Input that the vendor had in its cache costs as much where unset."""
 
     input_per_million_usd: float = Field(default=0.0, ge=0)
     output_per_million_usd: float = Field(default=0.0, ge=0)
+    cached_input_per_million_usd: float | None = Field(default=None, ge=0)
+
+
+ProviderKind = Literal[
+    "openai", "anthropic", "gemini", "mistral", "deepseek", "together", "groq", "huggingface", "vllm", "ollama", "compatible"
+]
 
 
 class ProviderConfig(Section):
-    """A vendor. The key comes from the environment variable `api_key_env` or the file `api_key_file`."""
+    """A vendor. `kind` gives base_url, key variable and the vendor's peculiarities (server/providers/presets.json); see there for each.
 
-    kind: Literal["openai"] = "openai"
+    The key comes from the environment variable `api_key_env` or the file `api_key_file`. Where neither is named, the kind's own variable is
+    read, but only for the kind's own address: a key never goes to a `base_url` that it was not named for.
+    """
+
+    kind: ProviderKind = "openai"
     base_url: str = ""
     api_key_env: EnvName = ""
     api_key_file: str = ""
-    timeout_s: float = Field(default=30.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)  # the whole answer, streamed or not
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    first_token_timeout_s: float = Field(default=30.0, gt=0)  # of streams
+    between_tokens_timeout_s: float = Field(default=15.0, gt=0)  # of streams
     max_retries: int = Field(default=2, ge=0, le=10)
     max_concurrent: int = Field(default=16, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)  # the vendor's limits; unset: none
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_month: int | None = Field(default=None, ge=1)  # of the calendar month in UTC
+    tokens_per_month: int | None = Field(default=None, ge=1)
+    circuit_failures: int = Field(default=5, ge=1)  # so many failures in a row, and the vendor is left alone
+    circuit_rest_s: float = Field(default=5.0, gt=0)  # before one request probes it again
     training_allowed: bool = False  # whether the vendor's terms let you train models on its answers; the trainer leaves others out
-    prices: dict[str, PriceConfig] = {}
+    prices: dict[str, PriceConfig] = {}  # over those of server/providers/prices.json
 
     @field_validator("base_url")
     @classmethod
     def _public(cls, value: str) -> str:
-        return without_password(value)
+        parts = urlsplit(without_password(value))
+        if value and (parts.scheme not in ("http", "https") or not parts.netloc):
+            raise ValueError('must begin with "https://" (or "http://")')
+        if parts.query or parts.fragment:
+            raise ValueError("must have no query and no fragment: keys are named by api_key_env or api_key_file")
+        return value
+
+    @model_validator(mode="after")
+    def _placed(self) -> ProviderConfig:
+        if self.kind == "compatible" and not self.base_url:
+            raise ValueError('kind "compatible" is any server that speaks OpenAI\'s format: give its base_url')
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("give api_key_env or api_key_file, not both")
+        return self
 
     def read_api_key(self, environ: Mapping[str, str] | None = None) -> str:
         """The key, or "" where none is configured. Raises InvalidArgument when the place that was named holds none."""
@@ -111,6 +215,73 @@ class RegistryConfig(Section):
     def read_password(self, environ: Mapping[str, str] | None = None) -> str:
         """The password, or "" where none is configured. Raises InvalidArgument when the place that was named holds none."""
         return read_secret(self.password_env, self.password_file, "password", environ)
+
+
+class BudgetLimits(Section):
+    """The most that may be paid in a calendar day and month, in US dollars; unset: no limit; 0: nothing may be paid."""
+
+    day_usd: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
+    month_usd: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
+
+    def micro_usd(self) -> dict[str, int]:
+        """The limits that are set, by window ("day", "month"), in 1e-6 US dollars, rounded down."""
+        given = {"day": self.day_usd, "month": self.month_usd}
+        return {window: int(Decimal(repr(usd)) * 1_000_000) for window, usd in given.items() if usd is not None}
+
+
+class BudgetConfig(Section):
+    """What may be paid to providers. Every limit that applies to a call holds: all calls', its provider's, its skill's, its key's.
+
+    `default_key` is the limit of each key that has none of its own. Days and months begin at midnight in `time_zone`, an IANA name.
+    """
+
+    time_zone: str = "UTC"
+    alert_at: float = Field(default=0.7, gt=0, le=1)  # share of a limit at which the log and the webhook tell, once a window
+    stop_at: float = Field(default=0.95, gt=0, le=1)  # share, reservations included, from which no paid call is begun
+    lease_s: float = Field(default=120.0, ge=1)  # what a killed server had reserved is free again after this long
+    webhook_url_env: EnvName = ""  # where alerts are posted as JSON; such addresses are secrets
+    webhook_url_file: str = ""
+    total: BudgetLimits = BudgetLimits()
+    providers: dict[Name, BudgetLimits] = {}
+    skills: dict[Name, BudgetLimits] = {}
+    keys: dict[KeyName, BudgetLimits] = {}
+    default_key: BudgetLimits = BudgetLimits()
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        from zoneinfo import ZoneInfo
+
+        try:
+            if value != "UTC":
+                ZoneInfo(value)
+        except (ValueError, OSError) as error:  # ZoneInfoNotFoundError is a KeyError
+            raise ValueError(f"{value!r} is no time zone's name, such as Europe/Oslo") from error
+        except KeyError as error:
+            message = f"there is no time zone {value!r}; expected a name such as Europe/Oslo. Where the system has none, install tzdata"
+            raise ValueError(message) from error
+        return value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> BudgetConfig:
+        if self.alert_at > self.stop_at:
+            raise ValueError(f"alert_at {self.alert_at:g} is above stop_at {self.stop_at:g}")
+        if self.webhook_url_env and self.webhook_url_file:
+            raise ValueError("give webhook_url_env or webhook_url_file, not both")
+        return self
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything has a limit."""
+        tables = (*self.providers.values(), *self.skills.values(), *self.keys.values())
+        return any(one.micro_usd() for one in (self.total, self.default_key, *tables))
+
+    def read_webhook_url(self, environ: Mapping[str, str] | None = None) -> str:
+        """The address, or "" where none is configured. Raises InvalidArgument when the place that was named holds none."""
+        url = read_secret(self.webhook_url_env, self.webhook_url_file, "budget.webhook_url", environ)
+        if url and urlsplit(url).scheme not in ("http", "https"):
+            raise InvalidArgument("budget.webhook_url must begin with https:// (or http://).", field="budget.webhook_url")
+        return url
 
 
 def read_text(path: str, field: str) -> str:

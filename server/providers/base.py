@@ -128,6 +128,10 @@ class Provider(Protocol):
         """What the prompt costs at the very most, or None where the model has no price."""
         ...
 
+    def aborted_cost_micro_usd(self, model: str, prompt: Prompt, text: str) -> int:
+        """What a stream cost that its reader left after `text`: an estimate on the safe side; 0 where the model has no price."""
+        ...
+
     def open_circuit(self) -> str:
         """Why the provider is not asked at the moment, or "" where it is."""
         ...

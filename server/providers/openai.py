@@ -1,214 +1,291 @@
-"""OpenAI's chat completions, as spoken by OpenAI and by every vendor that imitates it."""
+"""OpenAI's chat completions and embeddings, as spoken by OpenAI and by every vendor that imitates them."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import math
-import random
-import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from server.core import Usage
-from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable, UnderstudyError, Unimplemented
-from server.providers.base import Completion, Embeddings, Health, Part, Prompt
-from server.providers.breaker import Breaker
-from server.providers.prices import Price
+import numpy as np
+
+from server.core import FinishReason, FloatArray, Message, ToolCall, Usage
+from server.errors import Unimplemented
+from server.providers.base import Embeddings, Part, Prompt
+from server.providers.failures import stream_refusal
+from server.providers.presets import Preset, presets
+from server.providers.remote import RemoteProvider
+from server.providers.wire import ClientSettings, Reply, StreamReader, count, finish_of, image_url, schema_in_words, schema_of
 from server.settings import ProviderConfig
 
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-
-# Requests that wait for their turn, for each one that may run: beyond it "not now" is the better answer.
-_WAITING_PER_SLOT = 256
-_FIRST_DELAY_S = 0.25
-_LONGEST_DELAY_S = 8.0
-# What a chat template adds around the messages, generously.
-_TEMPLATE_TOKENS = 32
-_REPEATABLE = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
+# Pieces of one stream may name this many calls of tools.
+_TOOL_CALLS = 128
 
 
-class OpenAIProvider:
-    """See `server.providers.base.Provider`. The `openai` library is imported at the first request, in a thread: it takes a second."""
+class OpenAIProvider(RemoteProvider):
+    """See `server.providers.base.Provider`."""
 
     def __init__(self, name: str, config: ProviderConfig, *, environ: Mapping[str, str] | None = None) -> None:
-        self.name = name
-        self.training_allowed = config.training_allowed
-        self._config = config
-        self._key = config.read_api_key(environ)
-        self._prices = {model: Price(p.input_per_million_usd, p.output_per_million_usd) for model, p in config.prices.items()}
-        self._slots = asyncio.Semaphore(config.max_concurrent)
-        self._waiting = 0
-        self._breaker = Breaker()
-        self._client: AsyncOpenAI | None = None
-        self._opening: asyncio.Lock = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        return f"OpenAIProvider({self.name!r})"
-
-    def open_circuit(self) -> str:
-        """See Provider."""
-        rest = self._breaker.open_for_s()
-        return f"failed again and again; it is asked again in {rest:.1f} s" if rest else ""
-
-    def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
-        """See Provider. A token is at least one byte."""
-        price = self._prices.get(model)
-        if price is None:
-            return None
-        bound = sum(len(m.content.encode()) for m in prompt.messages) + _TEMPLATE_TOKENS
-        return price.cost_micro_usd(Usage(bound, prompt.max_tokens))
-
-    async def complete(self, model: str, prompt: Prompt, deadline: float | None) -> Completion:
-        """See Provider."""
-        limit = self._config.max_concurrent * _WAITING_PER_SLOT
-        if self._waiting >= limit:
-            message = f"{limit} requests wait for the provider {self.name} already. Try again later."
-            raise Overloaded(message, retry_after_s=1.0, limit=limit)
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0.0)), self._slots:
-                return await self._with_retries(await self._open(), model, prompt, deadline)
-        except TimeoutError:
-            raise DeadlineExceeded(f"The deadline passed while {self.name}/{model} was asked.", stage="provider") from None
-        finally:
-            self._waiting -= 1
-
-    async def stream(self, model: str, prompt: Prompt, deadline: float | None) -> AsyncGenerator[Part, None]:
-        """See Provider; one piece for now."""
-        completion = await self.complete(model, prompt, deadline)
-        yield Part(completion.text)
-        yield Part(completion=completion)
+        preset = presets()[config.kind]
+        super().__init__(name, config, OpenAIWire(preset), os.environ if environ is None else environ)
+        self._has_embeddings = preset.embeddings
+        self._base64 = preset.embeddings_base64
 
     async def embed(self, model: str, texts: Sequence[str], deadline: float | None) -> Embeddings:
-        """See Provider."""
-        raise Unimplemented(f"{self.name} has no embeddings yet.")
+        """See Provider. Texts go in one request; the vendor's limit of texts holds."""
+        if not self._has_embeddings:
+            raise Unimplemented(f"{self.name} has no embeddings. Ask a local model or another provider.", provider=self.name)
+        if not texts:
+            return Embeddings(np.zeros((0, 0), np.float32), Usage(), model, 0, 0)
+        body: dict[str, Any] = {"model": model, "input": list(texts)}
+        if self._base64:
+            body["encoding_format"] = "base64"
+        asked = self._asked(model, Usage(sum(len(text.encode()) for text in texts) // 3 + len(texts)), deadline)
 
-    def health(self) -> Health:
-        """See Provider."""
-        rest = self._breaker.open_for_s()
-        return Health("open" if rest else "closed", rest, waiting=self._waiting)
+        def read(answer: Any) -> tuple[tuple[FloatArray, str], Usage]:
+            usage = usage_of(answer.get("usage")) or asked.exposure
+            return (vectors_of(answer["data"], len(texts)), str(answer.get("model") or model)), usage
 
-    async def close(self) -> None:
-        """See Provider."""
-        if self._client is not None:
-            await self._client.close()
+        (vectors, source), usage = await self._unary(asked, "/embeddings", lambda: body, read)
+        return Embeddings(vectors, usage, source, self._prices.cost_micro_usd(model, usage), asked.attempts)
 
-    async def _open(self) -> AsyncOpenAI:
-        async with self._opening:
-            if self._client is None:
-                library = await asyncio.to_thread(importlib.import_module, "openai")
-                self._client = library.AsyncOpenAI(
-                    api_key=self._key or "none",
-                    base_url=self._config.base_url or "https://api.openai.com/v1",
-                    timeout=self._config.timeout_s,
-                    max_retries=0,  # repeating is ours: the library would repeat what may have been charged
-                )
-            return self._client
 
-    async def _with_retries(self, client: AsyncOpenAI, model: str, prompt: Prompt, deadline: float | None) -> Completion:
-        attempt = 0
-        while True:
-            if not self._breaker.admits():
-                raise ProviderUnavailable(f"The provider {self.name} {self.open_circuit()}.", retry_after_s=self._breaker.open_for_s())
-            attempt += 1
-            try:
-                completion = await self._ask(client, model, prompt, attempt)
-            except _Refusal as refusal:
-                if not refusal.repeatable or attempt > self._config.max_retries:
-                    raise refusal.error from None
-                delay = refusal.delay_s if refusal.delay_s is not None else _backoff(attempt)
-                left = math.inf if deadline is None else deadline - time.monotonic()
-                if delay > min(left, self._config.timeout_s):  # waiting would help nobody: the next candidate is due
-                    raise refusal.error from None
-                await asyncio.sleep(delay)
-            else:
-                self._breaker.succeeded()
-                return completion
+class OpenAIWire:
+    """See `server.providers.wire.Wire`."""
 
-    async def _ask(self, client: AsyncOpenAI, model: str, prompt: Prompt, attempt: int) -> Completion:
-        """One request. Raises _Refusal; DeadlineExceeded is not its business."""
-        import openai
+    sdk = "openai"
+    path = "/chat/completions"
 
-        try:
-            answer = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": m.role, "content": m.content} for m in prompt.messages],  # type: ignore[misc]
-                max_tokens=prompt.max_tokens,
-                temperature=prompt.temperature,
-            )
-            return self._completion(model, prompt, answer, attempt)
-        except openai.APIStatusError as error:
-            if error.status_code >= 500:
-                self._breaker.failed()
-            else:
-                self._breaker.succeeded()
-            raise _status_refusal(f"{self.name}/{model}", error.status_code, error.response.headers) from None
-        except openai.APITimeoutError:
-            self._breaker.failed()
-            message = f"{self.name}/{model} did not answer within timeout_s = {self._config.timeout_s:g}. Raise it or ask another model."
-            raise _Refusal(ProviderUnavailable(message), repeatable=False) from None
-        except openai.APIConnectionError as error:
-            self._breaker.failed()
-            cause = type(error.__cause__ or error).__name__
-            message = f"{self.name} cannot be reached at its base_url ({cause}). Look at the address and at the network."
-            raise _Refusal(ProviderUnavailable(message), repeatable=cause == "ConnectError") from None
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
-            self._breaker.failed()
-            message = f"{self.name}/{model} answered something that is no chat completion ({type(error).__name__}). Look at its base_url."
-            raise _Refusal(ProviderUnavailable(message), repeatable=False) from None
+    def __init__(self, preset: Preset) -> None:
+        self._preset = preset
 
-    def _completion(self, model: str, prompt: Prompt, answer: Any, attempts: int) -> Completion:
-        """Reads the fields that we need; the library does not check that they are there."""
-        choice = answer.choices[0]
-        text = choice.message.content
+    def open(self, sdk: Any, settings: ClientSettings) -> Any:
+        """See Wire. The organization and project of the environment go to OpenAI alone."""
+        ours = settings.base_url == presets()["openai"].base_url
+        left_out = {} if ours else {"OpenAI-Organization": sdk.Omit(), "OpenAI-Project": sdk.Omit()}
+        return sdk.AsyncOpenAI(
+            api_key=settings.api_key or "none",
+            base_url=settings.base_url,
+            timeout=settings.http.timeout,
+            max_retries=0,  # repeating is ours: the library would repeat what may have been charged
+            http_client=settings.http,
+            default_headers=left_out,
+        )
+
+    def body(self, model: str, prompt: Prompt, *, stream: bool) -> dict[str, Any]:
+        """See Wire."""
+        preset = self._preset
+        free = preset.samples_freely(model)
+        schema = schema_of(prompt)
+        messages = [self._message(message) for message in prompt.messages]
+        body: dict[str, Any] = {"model": model, "messages": messages}
+        body["max_tokens" if free or not preset.max_completion_tokens else "max_completion_tokens"] = prompt.max_tokens
+        if free and prompt.temperature is not None:
+            body["temperature"] = prompt.temperature
+        if free and prompt.top_p is not None:
+            body["top_p"] = prompt.top_p
+        if prompt.stop:
+            body["stop"] = list(prompt.stop)
+        if prompt.seed is not None and preset.seed:
+            body["seed"] = prompt.seed
+        if prompt.logprobs and preset.logprobs and free:
+            body["logprobs"] = True
+        if prompt.tools:
+            body["tools"] = [
+                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
+                for t in prompt.tools
+            ]
+        if schema is not None and preset.schema == "json_schema":
+            form = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        elif prompt.format is not None:
+            body["response_format"] = {"type": "json_object"}
+            body["messages"] = [{"role": "system", "content": schema_in_words(schema)}, *messages]
+        if stream:
+            body["stream"] = True
+            if preset.stream_usage:
+                body["stream_options"] = {"include_usage": True}
+        return body
+
+    def read(self, answer: Any, prompt: Prompt, who: str) -> Reply:
+        """See Wire."""
+        choice = answer["choices"][0]
+        message = choice["message"]
+        text = message.get("content")
+        if isinstance(text, list):  # Mistral's thinking models give typed pieces
+            text = "".join(piece.get("text", "") for piece in text if piece.get("type") == "text")
+        calls = tuple(
+            ToolCall(str(call.get("id") or f"call_{index}"), call["function"]["name"], _arguments(call["function"].get("arguments")))
+            for index, call in enumerate(message.get("tool_calls") or ())
+        )
+        if text is not None and not isinstance(text, str):
+            raise TypeError("a text that is none")
+        source = answer.get("model")
+        return Reply(
+            text or "",
+            _finish(choice.get("finish_reason"), calls, who),
+            usage_of(answer.get("usage")),
+            source if isinstance(source, str) else "",
+            calls,
+            _logprobs(choice.get("logprobs")),
+        )
+
+    def reader(self, who: str, key: str, prompt: Prompt) -> StreamReader:
+        """See Wire."""
+        return ChunkReader(who, key)
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        role = message.role if message.role != "developer" or self._preset.names else "system"
+        content: Any = message.content
+        if message.images:
+            content = [{"type": "text", "text": message.content}] if message.content else []
+            content += [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in message.images]
+        found: dict[str, Any] = {"role": role, "content": content}
+        if message.tool_calls:
+            found["content"] = content or None
+            found["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id:
+            found["tool_call_id"] = message.tool_call_id
+        if message.name and self._preset.names and role != "tool":
+            found["name"] = message.name
+        return found
+
+
+class ChunkReader:
+    """See `server.providers.wire.StreamReader`. Calls of tools are given whole, when the answer ends: their pieces help nobody."""
+
+    def __init__(self, who: str, key: str) -> None:
+        self.usage: Usage | None = None
+        self.ended = False
+        self._who = who
+        self._key = key
+        self._texts: list[str] = []
+        self._thinking: list[str] = []
+        self._calls: dict[int, list[str]] = {}
+        self._logprobs: list[float] = []
+        self._finish: FinishReason | None = None
+        self._model = ""
+
+    @property
+    def text(self) -> str:
+        """What was received so far, thinking and the arguments of calls included: what was paid for."""
+        return "".join(self._texts) + "".join(self._thinking) + "".join("".join(call) for call in self._calls.values())
+
+    def take(self, event: str, data: str) -> Part | None:
+        """See StreamReader."""
+        if data == "[DONE]":
+            self.ended = True
+            return None
+        chunk = json.loads(data)
+        if event == "error" or chunk.get("error"):
+            raise stream_refusal(self._who, chunk, self._key)
+        if not self._model and isinstance(chunk.get("model"), str):
+            self._model = chunk["model"]
+        if chunk.get("usage"):
+            self.usage = usage_of(chunk["usage"])
+        if not chunk.get("choices"):
+            return None
+        choice = chunk["choices"][0]
+        delta = choice.get("delta") or {}
+        text = delta.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(piece.get("text", "") for piece in text if piece.get("type") == "text")
         if not isinstance(text, str):
-            raise ValueError("no text")
-        if answer.usage is not None:
-            usage = Usage(int(answer.usage.prompt_tokens), int(answer.usage.completion_tokens))
-        else:  # some servers keep silent; four bytes a token is the usual size
-            usage = Usage((sum(len(m.content.encode()) for m in prompt.messages)) // 4 + _TEMPLATE_TOKENS, len(text.encode()) // 4 + 1)
-        price = self._prices.get(model)
-        source = answer.model if isinstance(answer.model, str) and answer.model else model
-        return Completion(text, usage, source, price.cost_micro_usd(usage) if price else 0, attempts)
+            raise TypeError("a text that is none")
+        if text:
+            self._texts.append(text)
+        thinking = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(thinking, str):
+            self._thinking.append(thinking)
+        for piece in delta.get("tool_calls") or ():
+            self._take_call(piece)
+        self._logprobs += _logprobs(choice.get("logprobs"))
+        if choice.get("finish_reason"):
+            self._finish = finish_of(choice["finish_reason"], self._who)
+        return Part(text) if text else None
+
+    def finished(self) -> bool:
+        """See StreamReader."""
+        return self._finish is not None
+
+    def reply(self) -> Reply:
+        """See StreamReader."""
+        assert self._finish is not None, "reply() before finished()"
+        calls = tuple(
+            ToolCall(id or f"call_{index}", name, arguments or "{}") for index, (id, name, arguments) in sorted(self._calls.items())
+        )
+        finish = FinishReason.TOOL_CALLS if calls and self._finish == FinishReason.STOP else self._finish
+        return Reply("".join(self._texts), finish, self.usage, self._model, calls, tuple(self._logprobs))
+
+    def _take_call(self, piece: Any) -> None:
+        index = piece.get("index")
+        if index is None:  # some servers send each call whole and do not number it
+            index = len(self._calls)
+        if not isinstance(index, int) or not 0 <= index < _TOOL_CALLS:
+            raise ValueError("a call's number that is none")
+        call = self._calls.setdefault(index, ["", "", ""])
+        function = piece.get("function") or {}
+        call[0] = call[0] or str(piece.get("id") or "")
+        call[1] = call[1] or str(function.get("name") or "")
+        arguments = function.get("arguments")
+        call[2] += arguments if isinstance(arguments, str) else json.dumps(arguments) if arguments else ""
 
 
-class _Refusal(Exception):
-    """Why one request came to nothing, and whether another may follow after `delay_s` (None: our own choice)."""
-
-    def __init__(self, error: UnderstudyError, *, repeatable: bool, delay_s: float | None = None) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.repeatable = repeatable
-        self.delay_s = delay_s
-
-
-def _status_refusal(who: str, status: int, headers: Mapping[str, str]) -> _Refusal:
-    """The vendor's own words are left out: they may repeat the key or the text."""
-    delay = _retry_after(headers)
-    hint = {
-        400: "Look at the model's name and limits.",
-        401: "Look at the key that api_key_env or api_key_file names.",
-        403: "Look at what the key is allowed to do.",
-        404: "Look at the model's name and at base_url.",
-        429: "Ask for a higher rate limit, or lower max_concurrent.",
-    }.get(status, "Try again later.")
-    error = ProviderUnavailable(f"{who} refused the request with HTTP status {status}. {hint}", retry_after_s=delay, status=status)
-    return _Refusal(error, repeatable=status in _REPEATABLE, delay_s=delay)
+def usage_of(used: Any) -> Usage | None:
+    """The vendor's count. Thinking that some leave out of completion_tokens is in the total, and on the bill."""
+    if not used:
+        return None
+    prompt, output = count(used["prompt_tokens"]), count(used.get("completion_tokens") or 0)
+    output = max(output, count(used.get("total_tokens") or 0) - prompt)
+    details = used.get("prompt_tokens_details") or {}
+    cached = count(details.get("cached_tokens") or used.get("prompt_cache_hit_tokens") or 0)
+    return Usage(prompt, output, min(cached, prompt))
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            delay = float(headers[name]) * scale
-        except (KeyError, ValueError):  # an HTTP date is not worth a parser here: our own delay does
-            continue
-        if 0 <= delay < 3600:
-            return delay
-    return None
+def is_strict(schema: Any) -> bool:
+    """Whether OpenAI's strict mode takes the schema: every object closed, every property required."""
+    if isinstance(schema, list):
+        return all(is_strict(item) for item in schema)
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties")
+    if schema.get("type") == "object" or isinstance(properties, dict):
+        names = set(properties) if isinstance(properties, dict) else set()
+        if schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != names:
+            return False
+    return all(is_strict(value) for value in schema.values() if isinstance(value, (dict, list)))
 
 
-def _backoff(attempt: int) -> float:
-    """Full jitter over an interval that doubles."""
-    return random.uniform(0.5, 1.0) * min(_FIRST_DELAY_S * 2.0 ** (attempt - 1), _LONGEST_DELAY_S)
+def vectors_of(data: Any, expected: int) -> FloatArray:
+    """float32[texts, size] in the order of the texts. Raises ValueError, TypeError or LookupError."""
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} vectors for {expected} texts")
+    rows: list[Any] = [None] * expected
+    for place, item in enumerate(data):
+        vector = item["embedding"]
+        row = np.frombuffer(base64.b64decode(vector, validate=True), "<f4") if isinstance(vector, str) else np.asarray(vector, np.float32)
+        index = item.get("index", place)
+        if not isinstance(index, int) or not 0 <= index < expected or rows[index] is not None:
+            raise ValueError("a vector's number that is none")
+        rows[index] = row
+    stacked = np.stack(rows).astype(np.float32)
+    if stacked.ndim != 2 or not stacked.size or not np.isfinite(stacked).all():
+        raise ValueError("vectors that are none")
+    return stacked
+
+
+def _finish(reason: object, calls: tuple[ToolCall, ...], who: str) -> FinishReason:
+    found = finish_of(reason, who)
+    return FinishReason.TOOL_CALLS if calls and found == FinishReason.STOP else found
+
+
+def _arguments(value: object) -> str:
+    return (value or "{}") if isinstance(value, str) else json.dumps(value or {})
+
+
+def _logprobs(found: Any) -> tuple[float, ...]:
+    return tuple(float(token["logprob"]) for token in found.get("content") or ()) if isinstance(found, dict) else ()
