@@ -29,6 +29,7 @@ _LOCK = 0x756E646572737475  # PostgreSQL's advisory lock of the ledger: a number
 _KEEP_MS = 400 * 86_400_000  # windows that ended so long ago are deleted
 _GONE_MS = 86_400_000  # a holder that wrote nothing for so long has ended; those that live write more often
 _MANY = 100  # windows a statement
+_PATIENCE_MS = 10_000  # how long a statement may take on PostgreSQL, waiting for the lock included; on SQLite the engine's
 
 
 @dataclass(slots=True, frozen=True)
@@ -170,7 +171,7 @@ class Ledger:
         with self._reading() as cursor:
             for start in range(0, len(wanted), _MANY):
                 self._look(cursor, wanted[start : start + _MANY], now)
-        self._forget(now)
+        self._forget(now, {window.key for window in wanted})
 
     def scopes(self, periods: Sequence[str], prefix: str) -> list[str]:
         """Scopes that begin with `prefix` and were used in these periods."""
@@ -281,13 +282,13 @@ class Ledger:
         for window in windows:
             self._others[window.key] = found.get(window.key, Used())
 
-    def _forget(self, now: int) -> None:
-        """Drops what belongs to windows that ended a day ago."""
-        old = [key for key, own in self._own.items() if not own.reserved and own.window.ends_ms < now - _GONE_MS]
-        for key in old:
+    def _forget(self, now: int, wanted: set[Key]) -> None:
+        """Drops this holder's rows of windows that ended a day ago, and what is known of others' that nobody looks at."""
+        for key in [key for key, own in self._own.items() if not own.reserved and own.window.ends_ms < now - _GONE_MS]:
             if key not in self._unwritten:
                 del self._own[key]
-                self._others.pop(key, None)
+        for key in [key for key in self._others if key not in wanted and key not in self._own]:
+            del self._others[key]
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -339,6 +340,9 @@ class Ledger:
             connection.autocommit = True
             # Nobody waits for the disk: after a crash of the database's machine, holders that live write their rows again.
             connection.execute("SET synchronous_commit TO off")
+            # Nor for ever for a holder that was stopped with the lock in its hand: the database takes it away.
+            connection.execute(f"SET idle_in_transaction_session_timeout TO {_PATIENCE_MS // 2}")
+            connection.execute(f"SET statement_timeout TO {_PATIENCE_MS}")
             self._mark = "%s"
             if self._clock is None:
                 self._skew_ms = _skew_ms(connection)

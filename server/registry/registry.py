@@ -221,7 +221,7 @@ class Registry:
             lite = url.get_backend_name() == "sqlite"
             if lite and url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-            engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": _BUSY_S} if lite else {})
+            engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": _BUSY_S} if lite else {"connect_timeout": 10})
             if lite:
                 event.listen(engine, "connect", _prepare_sqlite)
             _make_tables(engine)

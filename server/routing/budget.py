@@ -251,7 +251,7 @@ class Budget:
     def _turn(self, wait_s: float) -> bool:
         """One transaction for all that waits; False at the end. Nothing of it is kept: a reservation that is forgotten must be noticed."""
         items = self._take(wait_s)
-        asks = [item for item in items if isinstance(item, _Ask)]
+        asks = [item for item in items if isinstance(item, _Ask) and not item.future.done()]  # the others' callers have left
         answers = self._exchange(asks, [item for item in items if isinstance(item, Settlement)])
         answers += [(item.future, _result(item.work)) for item in items if isinstance(item, _Do)]
         if answers:

@@ -6,6 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import Unavailable
+from server.registry import budgets
 from server.registry.budgets import Ledger, Settlement, Used, Window, Wish
 from server.registry.registry import Registry
 from server.settings import RegistryConfig
@@ -159,6 +161,24 @@ def test_a_transaction_whose_end_is_unknown_is_written_again(make: Callable[[], 
     assert used(make(), one[0]) == Used(0, 80), "the table believes in the reservation"
     ledger.exchange((), ())
     assert used(make(), one[0]) == Used(0, 0)
+
+
+def test_a_stopped_holder_of_the_lock_stops_nobody_for_ever(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP between BEGIN and COMMIT: the others are told soon, and the database takes the lock away."""
+    monkeypatch.setattr(budgets, "_PATIENCE_MS", 600)
+    registry = Registry(RegistryConfig(url=postgres))
+    stopped, waiting = (Ledger(registry, lease_s=LEASE_S, clock=Clock()) for _ in range(2))
+    one = (window(100),)
+    assert granted(stopped, one, 10) == [True]
+    with pytest.raises(Unavailable), stopped._transaction() as cursor:
+        began = time.monotonic()
+        assert granted(waiting, one, 80) == [True]
+        assert time.monotonic() - began < 5
+        cursor.execute("SELECT 1")
+    assert granted(stopped, one, 10) == [True]
+    for ledger in (stopped, waiting):
+        ledger.close()
+    registry.close()
 
 
 def test_one_caller_alone_gives_an_alert(make: Callable[[], Ledger]) -> None:
