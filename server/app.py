@@ -27,6 +27,7 @@ from server.api.inference import InferenceServicer
 from server.api.models import ModelServicer
 from server.api.open_inference import SERVICE as OPEN_INFERENCE
 from server.api.open_inference import OpenInferenceServicer
+from server.api.selection import Selection
 from server.config import Config, ServerConfig
 from server.core import Task
 from server.errors import InvalidArgument, UnderstudyError
@@ -154,10 +155,11 @@ class App:
         from grpc_reflection.v1alpha import reflection, reflection_pb2
 
         config, runtime = self.config, self.runtime
-        skills = await asyncio.to_thread(build_skills, config, runtime)
+        selection = Selection(runtime, config.models.default)
+        skills = await asyncio.to_thread(build_skills, config, runtime, selection, self._metrics)
         self._closers.append(skills.close)
         await skills.start()
-        inference = InferenceServicer(runtime, config.models.default, config.server.max_items, skills.run, self._metrics)
+        inference = InferenceServicer(runtime, selection, config.server.max_items, skills.run, skills.generation)
         open_inference = OpenInferenceServicer(
             runtime,
             version=stats.server_version(),
@@ -169,7 +171,10 @@ class App:
             (_service("skill_service", "SkillService"), skills.skills),
             (_service("feedback_service", "FeedbackService"), skills.feedback),
             (_service("model_service", "ModelService"), ModelServicer(runtime)),
-            (_service("stats_service", "StatsService"), stats.StatsServicer(runtime, self._metrics, self._guard)),
+            (
+                _service("stats_service", "StatsService"),
+                stats.StatsServicer(runtime, self._metrics, self._guard, budget=skills.budget, providers=skills.providers),
+            ),
             (OPEN_INFERENCE, open_inference),
         ]
         names = [descriptor.full_name for descriptor, _ in servicers]

@@ -24,10 +24,13 @@ from server.core import Task
 from server.errors import InvalidArgument, near_names
 from server.settings import (
     MIB,
+    SKILL_TASKS,
+    BudgetConfig,
     LakeConfig,
     Name,
     ProviderConfig,
     RegistryConfig,
+    RoutingConfig,
     Section,
     SkillConfig,
     read_text,
@@ -160,15 +163,32 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
     skills: dict[Name, SkillConfig] = {}
     providers: dict[Name, ProviderConfig] = {}
+    routing: RoutingConfig = RoutingConfig()
+    budget: BudgetConfig = BudgetConfig()
     lake: LakeConfig = LakeConfig()
     registry: RegistryConfig = RegistryConfig()
 
     @model_validator(mode="after")
-    def _teachers_exist(self) -> Config:
-        for name, skill in self.skills.items():
-            provider = skill.teacher.partition("/")[0]
+    def _providers_exist(self) -> Config:
+        named = {f"skills.{name}.teacher": skill.teacher for name, skill in self.skills.items()}
+        named |= {f"skills.{name}.fallbacks[{i}]": model for name, skill in self.skills.items() for i, model in enumerate(skill.fallbacks)}
+        named |= {f"routing.default_fallbacks[{i}]": model for i, model in enumerate(self.routing.default_fallbacks)}
+        named["routing.default_teacher"] = self.routing.default_teacher
+        for place, model in named.items():
+            provider = model.partition("/")[0]
             if provider and provider not in self.providers:
-                raise ValueError(f"skills.{name}.teacher names the provider {provider!r}; {near_names(provider, list(self.providers))}")
+                raise ValueError(f"{place} names the provider {provider!r}; {near_names(provider, list(self.providers))}")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_name_what_exists(self) -> Config:
+        for kind, budgets, known in (
+            ("providers", self.budget.providers, list(self.providers)),
+            ("skills", self.budget.skills, [*self.skills, *SKILL_TASKS]),
+        ):
+            for name in budgets:
+                if name not in known:
+                    raise ValueError(f"budget.{kind}.{name} has a limit, but there is no such name in {kind}; {near_names(name, known)}")
         return self
 
 
@@ -239,7 +259,9 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 def _real_names(tree: dict[str, Any], key: list[str]) -> list[str]:
     """Variables cannot carry `-` or `.`: a chosen name matches the file's where only those differ."""
-    if key[0] not in ("skills", "providers") or len(key) < 2:
+    if key[0] == "budget" and len(key) > 3:
+        return ["budget", *_real_names({key[1]: {**tree.get(key[1], {}), **tree.get("budget", {}).get(key[1], {})}}, key[1:])]
+    if key[0] not in ("skills", "providers", "keys") or len(key) < 2:
         return key
     for name in tree.get(key[0], {}):
         if name.lower().replace("-", "_").replace(".", "_") == key[1]:
@@ -250,6 +272,8 @@ def _real_names(tree: dict[str, Any], key: list[str]) -> list[str]:
 def _split_flag(dotted: str) -> list[str]:
     """Names may hold dots: under skills and providers everything between the first and the last dot is the name."""
     parts = dotted.split(".")
+    if parts[0] == "budget" and len(parts) > 3:
+        return [*parts[:2], ".".join(parts[2:-1]), parts[-1]]
     if parts[0] in ("skills", "providers") and len(parts) > 3 and "prices" not in parts:
         return [parts[0], ".".join(parts[1:-1]), parts[-1]]
     return parts

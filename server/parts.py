@@ -1,4 +1,4 @@
-"""The parts that only skills need, built where skills are configured: adapters, providers, lake, registry, router, and their servicers."""
+"""The parts that skills need: adapters, providers, lake, registry, budget, router, and their servicers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from server.api import feedback
-from server.api.wire import Context
+from server.api.feedback import FeedbackServicer
+from server.api.generate_skill import SkillGeneration
+from server.api.run import RunServicer
+from server.api.selection import Selection
+from server.api.skills import SkillServicer
 from server.config import Config
-from server.errors import InteractionNotFound, SkillNotFound, UnderstudyError
+from server.core import Outcome, Task
+from server.errors import UnderstudyError
+from server.metrics import Metrics
+from server.routing.budget import Budget
+from server.routing.candidates import Brief
 from server.runtime.adapters import AdapterStore
 from server.runtime.runtime import Runtime
 from server.runtime.verify import MODEL
+from server.stats import ItemReport
 
 if TYPE_CHECKING:
     from server.lake.lake import Lake
@@ -24,84 +32,113 @@ if TYPE_CHECKING:
 ADAPTERS = "adapters"  # the folder of the model repository that holds them
 
 
-class NoSkills:
-    """Answers for skills where none is configured."""
-
-    async def Run(self, request: Any, _context: Context) -> Any:
-        """No skill can be found."""
-        message = f"there is no skill {request.skill[:128]!r}; none is configured. Add a [skills.<name>] section."
-        raise SkillNotFound(message, skill=request.skill[:128], field="skill")
-
-    async def CreateFeedback(self, request: Any, _context: Context) -> Any:
-        """No interaction can be found."""
-        feedback.check(request)
-        raise InteractionNotFound("No interaction has this id; this server runs no skills.", field="feedback.interaction_id")
-
-
 @dataclass(slots=True)
 class SkillParts:
     """Built by `build_skills`; `start` before serving, `close` after the last call."""
 
-    run: Any
-    skills: Any
-    feedback: Any
-    adapters: AdapterStore | None = None
-    lake: Lake | None = None
-    registry: Registry | None = None
-    providers: Mapping[str, Provider] | None = None
+    run: RunServicer
+    generation: SkillGeneration
+    skills: SkillServicer
+    feedback: FeedbackServicer
+    adapters: AdapterStore
+    lake: Lake
+    registry: Registry
+    providers: Mapping[str, Provider]
+    budget: Budget
 
     async def start(self) -> None:
-        """Looks for adapters, and starts the threads."""
-        if self.adapters is not None:
-            await self.adapters.start()
-        if self.lake is not None:
-            await asyncio.to_thread(self.lake.start)
+        """Looks for adapters and at what is spent, and starts the threads."""
+        await self.adapters.start()
+        await self.budget.start()
+        await asyncio.to_thread(self.lake.start)
 
     async def close(self) -> None:
         """Stops in the order of dependence; the lake's log is sealed and converted last."""
-        if self.adapters is not None:
-            await self.adapters.stop()
-        for provider in (self.providers or {}).values():
+        await self.adapters.stop()
+        for provider in self.providers.values():
             await provider.close()
-        if self.lake is not None:
-            await asyncio.to_thread(self.lake.close)
-        if self.registry is not None:
-            await asyncio.to_thread(self.registry.close)
+        await self.budget.close()
+        await asyncio.to_thread(self.lake.close)
+        await asyncio.to_thread(self.registry.close)
 
 
-def build_skills(config: Config, runtime: Runtime) -> SkillParts:
+def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics: Metrics) -> SkillParts:
     """Everything behind Run, SkillService and FeedbackService. Raises InvalidArgument for a skill or provider that cannot work."""
-    from server.api.skills import SkillServicer
+    from server.lake.lake import Lake
+    from server.providers.make import make_providers
+    from server.registry.registry import Registry
+    from server.routing.detection import Detection
+    from server.routing.judge import QualityJudge
+    from server.routing.pace import Paces
+    from server.routing.router import Router
+    from server.routing.routes import RouteParts
     from server.routing.skills import SkillBook
 
-    store = AdapterStore(
-        Path(config.models.path) / ADAPTERS,
-        base_sha256=lambda name: base_sha256(runtime, name),
-        poll_s=config.models.adapter_poll_s,
-    )
+    models = Path(config.models.path)
+    store = AdapterStore(models / ADAPTERS, base_sha256=lambda name: base_sha256(runtime, name), poll_s=config.models.adapter_poll_s)
     book = SkillBook.from_config(config, store)
-    if not config.skills:
-        nobody = NoSkills()
-        return SkillParts(nobody, SkillServicer(book), nobody)
-    from server.api.run import RunServicer
-    from server.lake.lake import Lake
-    from server.providers.openai import OpenAIProvider
-    from server.registry.registry import Registry
-    from server.routing.router import Router
-
-    providers = {name: OpenAIProvider(name, one) for name, one in config.providers.items()}
+    providers = make_providers(config.providers)
     lake = Lake(Path(config.lake.path), flush_s=config.lake.flush_s, segment_bytes=config.lake.segment_bytes)
     registry = Registry(config.registry)
-    router = Router(book, runtime, providers, lake)
+    budget = Budget(config.budget, registry, observer=metrics)
+
+    def embedder() -> str:
+        """Raises where there is none, or several."""
+        return config.routing.embedder or selection.default(Task.FEATURE_EXTRACTION)
+
+    parts = RouteParts(
+        book,
+        runtime,
+        providers,
+        selection.default,
+        Paces(),
+        budget=budget if budget.limited else None,
+        max_difficulty=config.routing.max_difficulty,
+    )
+    router = Router(
+        parts,
+        lake,
+        QualityJudge(runtime, embedder),
+        detector=Detection(runtime, embedder),
+        observer=ItemReports(metrics),
+        hold_tokens=config.routing.hold_tokens,
+    )
     return SkillParts(
-        RunServicer(router, config.server.max_items),
+        RunServicer(router, config.server.max_items, config.routing.run_many_in_flight),
+        SkillGeneration(router),
         SkillServicer(book),
-        feedback.FeedbackServicer(lake, registry),
+        FeedbackServicer(lake, registry),
         store,
         lake,
         registry,
         providers,
+        budget,
     )
+
+
+class ItemReports:
+    """Tells the metrics of finished items."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def item_done(self, brief: Brief, outcome: Outcome, elapsed_s: float) -> None:
+        """See server.routing.router.ItemObserver."""
+        decision = outcome.decision
+        asked = [hop for hop in decision.hops if hop.outcome in ("delivered", "below_bar", "failed")]
+        answered_by = "nobody" if outcome.error is not None else "local" if decision.local else "provider"
+        # What the teacher would have cost is known where it answered; of local answers it is taken from those.
+        by_teacher = bool(decision.candidate) and decision.candidate == brief.skill.teacher
+        report = ItemReport(
+            answered_by,
+            outcome.cost_micro_usd,
+            elapsed_s,
+            outcome.quality,
+            teacher_cost_micro_usd=asked[-1].cost_micro_usd if by_teacher and asked else None,
+            escalated=len(asked) > 1,
+            tries=asked[-1].tries if asked else 1,
+        )
+        self._metrics.item(decision.skill, report)
 
 
 def base_sha256(runtime: Runtime, name: str) -> str | None:

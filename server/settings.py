@@ -102,7 +102,7 @@ class SkillConfig(Section):
         for name in ("labels", "json_schema"):
             if getattr(self, name) and getattr(self, f"{name}_file"):
                 raise ValueError(f"give {name} or {name}_file, not both")
-        if self.second_try_bar > self.deliver_bar:
+        if self.second_try_bar > self.deliver_bar and "second_try_bar" in self.model_fields_set:
             raise ValueError(f"second_try_bar {self.second_try_bar:g} is above deliver_bar {self.deliver_bar:g}")
         return self
 

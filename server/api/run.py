@@ -10,7 +10,7 @@ from server.api import calls, convert
 from server.api.skill_requests import ask_of, check_user, to_result, to_route, work_of
 from server.api.status import to_status
 from server.api.wire import Context
-from server.core import Call, Outcome, Results
+from server.core import Call, Outcome, Results, Work
 from server.errors import InternalError, InvalidArgument, RequestTooLarge, UnderstudyError
 from server.logs import get
 from server.routing.briefing import Ask
@@ -92,8 +92,8 @@ class RunServicer:
         planned = iter(await self._router.explain(replace(ask, works=good), call))
         routes = []
         for index, work in enumerate(works):
-            refused = isinstance(work, UnderstudyError)
-            routes.append(pb.ExplainedRoute(error=to_status(work)) if refused else to_route(next(planned), index))
+            refused = pb.ExplainedRoute(error=to_status(work)) if isinstance(work, UnderstudyError) else None
+            routes.append(refused if refused is not None else to_route(next(planned), index))
         routes += [to_route(one, index) for index, one in enumerate(planned, len(works))]
         return pb.ExplainRouteResponse(routes=routes)
 
@@ -110,8 +110,8 @@ class RunServicer:
             return pb.RunManyResponse(id=name[:MAX_ID_BYTES], error=to_status(error))
         except Exception:
             _log.exception("a request of a RunMany stream failed", request_id=call.request_id)
-            error = InternalError(f"the server failed on this request; tell the operator the request id {call.request_id}.")
-            return pb.RunManyResponse(id=name[:MAX_ID_BYTES], error=to_status(error))
+            ours = InternalError(f"the server failed on this request; tell the operator the request id {call.request_id}.")
+            return pb.RunManyResponse(id=name[:MAX_ID_BYTES], error=to_status(ours))
 
     async def _run(self, request: pb.RunRequest, call: Call) -> tuple[pb.RunResponse, Results[Outcome]]:
         call.user = check_user(request.user)
@@ -134,7 +134,7 @@ class RunServicer:
         )
         return response, results
 
-    def _ask(self, request: pb.RunRequest) -> tuple[Ask, list[object]]:
+    def _ask(self, request: pb.RunRequest) -> tuple[Ask, list[Work | UnderstudyError]]:
         """The request, and each input or why it is none."""
         if not request.inputs and (request.skill or not request.instruction):
             if not request.skill:
@@ -144,5 +144,5 @@ class RunServicer:
         if len(request.inputs) > self._max_items:
             message = f"inputs holds {len(request.inputs)}; expected at most {self._max_items}. Split the call."
             raise RequestTooLarge(message, field="inputs", limit=self._max_items)
-        works: list[object] = [work_of(item, index) for index, item in enumerate(request.inputs)]
+        works = [work_of(item, index) for index, item in enumerate(request.inputs)]
         return ask_of(request, []), works

@@ -171,7 +171,7 @@ def read_skill(name: str, config: SkillConfig) -> Skill:
         examples=tuple((one.input, one.output) for one in config.examples),
         json_schema=_read_schema(config, place),
         deliver_bar=config.deliver_bar,
-        second_try_bar=config.second_try_bar,
+        second_try_bar=min(config.second_try_bar, config.deliver_bar),
         preference=config.preference,
         rollout=config.rollout,
         rollout_percent=config.rollout_percent,

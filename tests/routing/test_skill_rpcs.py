@@ -14,8 +14,9 @@ from grpc_status import rpc_status
 
 from server.lake import table
 from server.lake.schema import FEEDBACK, INTERACTIONS
+from server.settings import SKILL_TASKS
 from tests.conftest import StartServer
-from tests.providers.loopback import Loopback, Reply
+from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ServerProcess
 from understudy.v1 import common_pb2, feedback_pb2, feedback_service_pb2, inference_pb2, inference_service_pb2, skill_service_pb2
 from understudy.v1.feedback_service_pb2_grpc import FeedbackServiceStub
@@ -26,17 +27,17 @@ SECRET = "sk-secret-of-the-loopback"
 
 
 @pytest.fixture
-def teacher() -> Iterator[Loopback]:
+def teacher() -> Iterator[OpenAIServer]:
     def script(number: int, text: str) -> Reply | str:
         return Reply(500) if "broken" in text else "not one of them" if "odd" in text else "card"
 
-    running = Loopback(script)
+    running = OpenAIServer(script)
     yield running
     running.close()
 
 
 @pytest.fixture
-def served(start_server: StartServer, teacher: Loopback, tmp_path: Path) -> ServerProcess:
+def served(start_server: StartServer, teacher: OpenAIServer, tmp_path: Path) -> ServerProcess:
     return start_server(
         f"""
 [lake]
@@ -79,7 +80,7 @@ def refused(call: Any) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), status.details[0].value.decode("utf-8", "replace")
 
 
-def test_runs_are_answered_item_by_item_and_kept(served: ServerProcess, channel: grpc.Channel, teacher: Loopback, tmp_path: Path) -> None:
+def test_runs_are_answered_item_by_item_and_kept(served: ServerProcess, channel: grpc.Channel, teacher: OpenAIServer, tmp_path: Path) -> None:
     response = run(channel, "where is it", "odd one", "  ", "broken", user="ada lovelace")
     good, odd, blank, broken = response.results
     assert good.output_text == "card" and good.cost.micro_usd == 120 and good.usage.input_tokens == 100
@@ -123,8 +124,8 @@ def test_bad_runs_are_refused_by_field(channel: grpc.Channel) -> None:
     assert code == grpc.StatusCode.NOT_FOUND
     code, _ = refused(lambda: run(channel, "x", preference=inference_pb2.ROUTE_PREFERENCE_LOCAL_ONLY))
     assert code == grpc.StatusCode.FAILED_PRECONDITION
-    pair = inference_pb2.RunInput(pair=inference_pb2.TextPair(text="a", text_pair="b"))
-    (result,) = stub.Run(request(skill="intent", inputs=[pair]), timeout=10).results
+    chat = inference_pb2.RunInput(chat=inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="a")]))
+    (result,) = stub.Run(request(skill="intent", inputs=[chat]), timeout=10).results
     assert result.error.code == invalid.value[0]
     (result,) = run(channel, "x", max_cost=common_pb2.Cost(micro_usd=0)).results
     assert result.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0] and result.decision.hops[0].outcome == "skipped"
@@ -132,7 +133,9 @@ def test_bad_runs_are_refused_by_field(channel: grpc.Channel) -> None:
 
 def test_skills_are_shown(channel: grpc.Channel) -> None:
     stub = SkillServiceStub(channel)
-    (listed,) = stub.ListSkills(skill_service_pb2.ListSkillsRequest(), timeout=10).skills
+    skills = stub.ListSkills(skill_service_pb2.ListSkillsRequest(), timeout=10).skills
+    (listed,) = [skill for skill in skills if not skill.built_in]
+    assert {skill.name.removeprefix("skills/") for skill in skills if skill.built_in} == set(SKILL_TASKS)
     got = stub.GetSkill(skill_service_pb2.GetSkillRequest(name="skills/intent"), timeout=10).skill
     assert listed == got and got.teacher == "loop/big" and list(got.labels) == ["card", "transfer"] and not got.HasField("student")
     for name, code in (("skills/none", grpc.StatusCode.NOT_FOUND), ("intent", grpc.StatusCode.INVALID_ARGUMENT)):

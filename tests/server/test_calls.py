@@ -230,9 +230,9 @@ def test_status_shows_models_and_build(channel: grpc.Channel, inference: Any) ->
     assert status.kernel_isa and status.onnxruntime_version and status.resident_bytes > 10 << 20 and not status.draining
 
 
-def test_without_skills_feedback_and_skills_are_not_found(channel: grpc.Channel) -> None:
+def test_without_configured_skills_each_task_has_one_and_unknown_ids_get_no_feedback(channel: grpc.Channel) -> None:
     skills = skill_service_pb2_grpc.SkillServiceStub(channel)
-    assert not skills.ListSkills(skill_service_pb2.ListSkillsRequest()).skills
+    assert all(skill.built_in for skill in skills.ListSkills(skill_service_pb2.ListSkillsRequest()).skills)
     feedback = feedback_service_pb2_grpc.FeedbackServiceStub(channel)
     message = feedback_service_pb2.CreateFeedbackRequest(feedback=feedback_pb2.Feedback(interaction_id="x", rating=5))
     assert refused(feedback.CreateFeedback, message)[:2] == ("NOT_FOUND", "INTERACTION_NOT_FOUND")
