@@ -1,21 +1,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tests.providers.loopback import Loopback, Reply
+from tests.providers.loopback import AnthropicServer, Loopback, OpenAIServer, Script
 
 
 @pytest.fixture
-def loopback() -> Iterator[Callable[[Callable[[int, str], Reply | str]], Loopback]]:
-    """Starts providers: `loopback(script)`."""
-    started: list[Loopback] = []
-
-    def start(script: Callable[[int, str], Reply | str]) -> Loopback:
-        started.append(Loopback(script))
-        return started[-1]
-
-    yield start
-    for one in started:
+def started() -> Iterator[list[Loopback]]:
+    """Servers that are closed when the test ends."""
+    servers: list[Loopback] = []
+    yield servers
+    for one in servers:
         one.close()
+
+
+@pytest.fixture
+def openai_server(started: list[Loopback]) -> Callable[[Script], OpenAIServer]:
+    """Starts servers of OpenAI's format: `openai_server(script)`."""
+
+    def start(script: Script) -> OpenAIServer:
+        server = OpenAIServer(script)
+        started.append(server)
+        return server
+
+    return start
+
+
+@pytest.fixture(params=["openai", "anthropic"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def vendor(kind: str, started: list[Loopback]) -> Callable[[Script], Any]:
+    """Starts servers of both formats in turn: `vendor(script)`."""
+
+    def start(script: Script) -> Loopback:
+        server = OpenAIServer(script) if kind == "openai" else AnthropicServer(script)
+        started.append(server)
+        return server
+
+    return start
