@@ -8,6 +8,12 @@ import pytest
 from tests.providers.loopback import AnthropicServer, Loopback, OpenAIServer, Script
 
 
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first repeat comes after some ten milliseconds."""
+    monkeypatch.setattr("server.providers.failures._FIRST_DELAY_S", 0.02)
+
+
 @pytest.fixture
 def started() -> Iterator[list[Loopback]]:
     """Servers that are closed when the test ends."""
