@@ -145,11 +145,12 @@ class Ledger:
         now = self.now()
         try:
             with self._transaction() as cursor:
-                self._write(cursor, now)
                 for windows, members in groups.items():
                     amounts = [wishes[index].amount for index in members]
                     for index, refusal in zip(members, self._reserve(cursor, windows, amounts, now, granted), strict=True):
                         refusals[index] = refusal
+                # A reservation has written its rows with what was settled in them.
+                self._write(cursor, self._unwritten.difference(window.key for windows, _ in granted for window in windows), now)
         except BaseException:
             for windows, amount in granted:
                 for window in windows:
@@ -212,8 +213,8 @@ class Ledger:
             own = self._own[window.key] = _Own(window)
         return own
 
-    def _write(self, cursor: Any, now: int) -> None:
-        keys = list(self._unwritten)
+    def _write(self, cursor: Any, unwritten: Iterable[Key], now: int) -> None:
+        keys = list(unwritten)
         for start in range(0, len(keys), _MANY):
             values: list[object] = []
             for key in keys[start : start + _MANY]:
