@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class ScriptedProvider:
         self.training_allowed = training_allowed
         self.asked: list[str] = []
         self.circuit = ""
+        self.gate: asyncio.Event | None = None  # answers wait for it
         self._answer = answer
         self._cost = cost
 
@@ -56,6 +57,8 @@ class ScriptedProvider:
         text = prompt.messages[-1].content
         self.asked.append(text)
         answer = self._answer(text)
+        if self.gate is not None:
+            await self.gate.wait()
         if answer is None:
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):

@@ -80,7 +80,9 @@ def refused(call: Any) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), status.details[0].value.decode("utf-8", "replace")
 
 
-def test_runs_are_answered_item_by_item_and_kept(served: ServerProcess, channel: grpc.Channel, teacher: OpenAIServer, tmp_path: Path) -> None:
+def test_runs_are_answered_item_by_item_and_kept(
+    served: ServerProcess, channel: grpc.Channel, teacher: OpenAIServer, tmp_path: Path
+) -> None:
     response = run(channel, "where is it", "odd one", "  ", "broken", user="ada lovelace")
     good, odd, blank, broken = response.results
     assert good.output_text == "card" and good.cost.micro_usd == 120 and good.usage.input_tokens == 100
