@@ -160,7 +160,7 @@ def details(headers: Mapping[str, str], body: object, key: str) -> dict[str, str
 
 def _plain(value: object, key: str) -> bool:
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    return bool(_WORD.fullmatch(text)) and not (key and (key in text or text in key))
+    return bool(_WORD.fullmatch(text)) and not (key and (key in text or (len(text) > 5 and text in key)))
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

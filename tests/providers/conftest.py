@@ -1,17 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.providers.loopback import AnthropicServer, Loopback, OpenAIServer, Script
+from tests.providers.provider_clients import MADE
 
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first repeat comes after some ten milliseconds."""
     monkeypatch.setattr("server.providers.failures._FIRST_DELAY_S", 0.02)
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def providers_close() -> AsyncIterator[None]:
+    yield
+    while MADE:
+        await MADE.pop().close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@
     server.release.set()                     # lets go whatever is held
     server.close()
 
-A `str` is a good answer with that text, a piece a word where the request asks for a stream. `Reply` says everything else; what can go wrong:
+A `str` is a good answer with that text, a piece a word where a stream is asked for. `Reply` says everything else; what can go wrong:
 
     refused before it is asked               base_url=nobody_there()
     429, 500, 529, 401, ...                  Reply(429, headers={"retry-after": "2"})

@@ -16,12 +16,15 @@ QUESTION = "Where is my card?"
 PROMPT = Prompt.of("Answer.", QUESTION, 16)
 PRICE = PriceConfig(input_per_million_usd=1.0, output_per_million_usd=10.0)
 
+MADE: list[RemoteProvider] = []  # closed by conftest.py when a test ends
+
 
 def client(kind: str, base_url: str, **more: Any) -> RemoteProvider:
     settings: dict[str, Any] = {"timeout_s": 10.0, "max_retries": 2, "prices": {"m": PRICE}, "api_key_env": "LOOPBACK_KEY"}
     config = ProviderConfig(kind=kind, base_url=base_url, **{**settings, **more})  # type: ignore[arg-type]
     provider = make_providers({"loop": config}, environ={"LOOPBACK_KEY": KEY})["loop"]
     assert isinstance(provider, RemoteProvider)
+    MADE.append(provider)
     return provider
 
 
