@@ -172,9 +172,7 @@ def _forms(data: bytes, tokens: list[bytes], singles: int, pairs: int) -> list[f
         kinds[_kind(byte)] += 1
     words = [token for token in tokens if _kind(token[0]) != _SIGN]
     letters = kinds[_UPPER] + kinds[_LOWER]
-    sentences = sum(
-        byte in b".!?" and (i + 1 == len(data) or _kind(data[i + 1]) == _SPACE) for i, byte in enumerate(data)
-    )
+    sentences = sum(byte in b".!?" and (i + 1 == len(data) or _kind(data[i + 1]) == _SPACE) for i, byte in enumerate(data))
     options, numeric = _options(data)
     return [
         math.log1p(len(data)),
