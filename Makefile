@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate wheel install clean
+.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate bench-route wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -108,13 +108,16 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 # ---- measurements ------------------------------------------------------------------------------------------------
 
-bench: bench-serve bench-generate  ## All measurements.
+bench: bench-serve bench-generate bench-route  ## All measurements.
 
 bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
 
 bench-generate: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures generation against llama.cpp, genai, transformers; ARGS="--only speed".
 	$(BIN)/python -m bench.generate $(ARGS)
+
+bench-route: $(READY) $(VENV)/.dev $(STARTER)  ## Measures routing: tasks, difficulty, quality, overhead against LiteLLM, budgets; ARGS="--only overhead".
+	$(BIN)/python -m bench.route $(ARGS)
 
 wheel: $(READY)  ## Builds the wheel into dist/.
 	rm -rf dist/*.whl

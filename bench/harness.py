@@ -147,8 +147,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(models: Path | None = None, *, extra: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Starts `understudy serve` on a free port and stops it by SIGTERM."""
+def serve(
+    models: Path | None = None, *, extra: dict[str, Any] | None = None, env: dict[str, str] | None = None, config: str = ""
+) -> Iterator[Server]:
+    """Starts `understudy serve` on a free port, with `config` as its understudy.toml, and stops it by SIGTERM."""
     port = free_port()
     flags = {
         "models.path": str(models or ROOT / "models"),
@@ -164,6 +166,7 @@ def serve(models: Path | None = None, *, extra: dict[str, Any] | None = None, en
             f"{key}={json.dumps(value) if isinstance(value, (list, dict)) else str(value).lower() if isinstance(value, bool) else value}",
         ]
     work = Path(tempfile.mkdtemp(prefix="understudy-bench-"))
+    (work / "understudy.toml").write_text(config)
     log = work / "server.log"
     with log.open("wb") as out:
         popen = subprocess.Popen(
@@ -318,7 +321,7 @@ class Asked:
     def __init__(self, command: Sequence[str]) -> None:
         env = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'python'}"}
         self.popen = subprocess.Popen(list(command), cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
+        self.first = self._read()  # what it said of itself
 
     def _read(self) -> dict[str, Any]:
         assert self.popen.stdout
