@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from server.core import Usage
 from server.errors import DeadlineExceeded, Overloaded, ProviderUnavailable, UnderstudyError
@@ -357,15 +359,21 @@ class RemoteProvider:
         self._sdk = importlib.import_module(self._wire.sdk)
         import httpx2
 
+        from server.providers.transport import Transport
+
         self._response_type = httpx2.Response
+        tls = httpx2.create_ssl_context() if self._base_url.startswith("https://") else None
+        address = urlsplit(self._base_url)
+        proxies = getproxies()
+        # A proxy of the environment is httpx2's business.
+        through_proxy = not proxy_bypass(address.netloc) and (proxies.get(address.scheme) or proxies.get("all"))
         places = self._config.max_concurrent
-        plain = self._base_url.startswith("http://")
         http = httpx2.AsyncClient(
+            transport=None if through_proxy else Transport(tls, self._config.connect_timeout_s, _KEEPALIVE_S),
+            verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # the second trusts nobody: nothing is to be encrypted
             # Answers have timeouts of our own, which cost one timer a request instead of one a read.
             timeout=httpx2.Timeout(None, connect=self._config.connect_timeout_s),
             limits=httpx2.Limits(max_connections=places, max_keepalive_connections=places, keepalive_expiry=_KEEPALIVE_S),
-            # Certificates take 20 ms to read; a server without TLS needs none, and none is trusted then.
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else True,
             follow_redirects=False,  # texts and keys go to the address that was configured, and nowhere else
         )
         keep_quiet(self._key)

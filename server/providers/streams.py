@@ -16,6 +16,8 @@ from server.providers.failures import Refusal, refusal_of
 from server.providers.prices import output_estimate
 from server.providers.wire import Events, Reply, StreamReader
 
+# What follows the last event is read, so that the connection serves again; it is there already, or not worth waiting for.
+_FAREWELL_S = 0.05
 # After the vendor said why it ended, its count of tokens may still follow; nobody waits long for it.
 _COUNT_S = 1.0
 
@@ -110,7 +112,16 @@ class LiveStream:
 
     async def close(self) -> None:
         """Ends the connection, unless the answer was read to its end."""
-        if self._response is not None:
+        if self._response is None:
+            return
+        try:
+            if self.reader.ended and self._chunks is not None:
+                async with asyncio.timeout(_FAREWELL_S):
+                    while await anext(self._chunks, b""):
+                        pass
+        except Exception:  # the answer is whole
+            pass
+        finally:
             await self._response.aclose()
 
     async def _advance(self) -> list[Part]:
