@@ -65,8 +65,11 @@ def check_user(user: str) -> str:
     return user
 
 
-def ask_of(request: pb.RunRequest, works: Sequence[Work]) -> Ask:
-    """The request as the router takes it, with the inputs that can be worked on. Raises InvalidArgument naming the field."""
+def ask_of(request: Any, works: Sequence[Work]) -> Ask:
+    """A request with RunRequest's fields as the router takes it, with the inputs that can be worked on.
+
+    Raises InvalidArgument naming the field.
+    """
     if len(request.parameters) > MAX_PARAMETERS or any(len(k) + len(v) > 1024 for k, v in request.parameters.items()):
         message = f"parameters holds too much; expected at most {MAX_PARAMETERS} of 1024 characters each."
         raise InvalidArgument(message, field="parameters", limit=MAX_PARAMETERS)

@@ -38,6 +38,13 @@ _LOCAL_TASKS: Mapping[str, tuple[Task, ...]] = {
 }
 
 
+def local_tasks(brief: Brief) -> tuple[Task, ...]:
+    """Tasks of local models that can do what a brief asks for, the fittest first."""
+    if brief.skill.classifies and brief.labels:
+        return (Task.ZERO_SHOT_CLASSIFICATION, Task.TEXT_GENERATION)
+    return _LOCAL_TASKS[brief.skill.task]
+
+
 class Difficulty(Protocol):
     """Says how hard inputs are for a skill's student."""
 
@@ -157,11 +164,8 @@ class Routes:
 
     def _default(self, brief: Brief) -> tuple[Candidate | None, str]:
         """The loaded model that does the skill's task best, or why there is none."""
-        tasks = _LOCAL_TASKS[brief.skill.task]
-        if brief.skill.classifies and brief.labels:
-            tasks = (Task.ZERO_SHOT_CLASSIFICATION, Task.TEXT_GENERATION)
         problem = ""
-        for task in tasks:
+        for task in local_tasks(brief):
             try:
                 return self._of_task(self._parts.default_model(task), task, brief), ""
             except (ModelNotLoaded, InvalidArgument) as error:

@@ -1,0 +1,239 @@
+"""What an ensemble decides, as pure functions: who is asked next, when more answers could not change the result, whose answer it is.
+
+No clock, no I/O, no randomness but what is passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+LOW, HIGH = 0.51, 0.99  # accuracies are held within: no member is worth nothing, none is beyond appeal
+VOTE_THRESHOLD, TEXT_THRESHOLD = 0.5, 0.6
+# What is assumed of a member that nobody has counted: whoever lists it thinks that it is right more often than not.
+ASSUMED = (2.0, 1.0)
+OBSERVATIONS = 20.0  # that a stated accuracy stands for where none are given
+_MASS = 500.0  # observations that are kept of a member; older ones fade
+_MEMBERS = 10_000
+_GRID = 4096
+
+
+class Strategy(StrEnum):
+    """See understudy.v1.EnsembleStrategy."""
+
+    BEST_OF_N = "best_of_n"
+    WEIGHTED = "weighted"
+    CONSENSUS = "consensus"
+    SPECIALIST = "specialist"
+
+    @property
+    def votes(self) -> bool:
+        """Whether answers are compared with each other."""
+        return self in (Strategy.WEIGHTED, Strategy.CONSENSUS)
+
+
+@dataclass(slots=True, frozen=True)
+class Slot:
+    """A call that may be made: the member's place in the request, which of its samples, whether it is free, what its answer counts."""
+
+    member: int
+    sample: int
+    free: bool = True
+    weight: float = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class Rule:
+    """What a request asks of its answers.
+
+    `needed`: with fewer answers there is no result. `enough`: with so many whose result reaches the threshold nobody else is asked; 0: once
+    more could not change it. `threshold`: lowest confidence of a vote, or quality; `text_threshold`: the same for texts.
+    """
+
+    strategy: Strategy
+    needed: int
+    enough: int = 0
+    wave_size: int = 0
+    threshold: float = VOTE_THRESHOLD
+    text_threshold: float = TEXT_THRESHOLD
+
+    def bar(self, closed: bool) -> float:
+        """The threshold for this kind of answers."""
+        return self.threshold if closed else self.text_threshold
+
+
+@dataclass(slots=True, frozen=True)
+class Standing:
+    """How it stands between two answers.
+
+    `left`: weights of the calls that have not answered yet, those in flight first; `running`: how many of them are in flight. `total`:
+    weight of those that have answered; `top`: of what leads; `lead`: over the next different answer. `confidence`: of what leads, None
+    where nothing is known. `closed`: votes can be counted; texts are only alike.
+    """
+
+    answered: int
+    left: tuple[float, ...]
+    running: int = 0
+    total: float = 0.0
+    top: float = 0.0
+    lead: float = 0.0
+    confidence: float | None = None
+    closed: bool = True
+
+
+@dataclass(slots=True, frozen=True)
+class Beta:
+    """What is known of a member's share of wins: a Beta distribution's parameters."""
+
+    wins: float
+    losses: float
+
+    @property
+    def mean(self) -> float:
+        """The expected share."""
+        return self.wins / (self.wins + self.losses)
+
+
+def log_odds(accuracy: float) -> float:
+    """What a vote counts of somebody who is right so often: log(p / (1 - p)) (Nitzan and Paroush 1982), for p held in [0.51, 0.99]."""
+    held = min(max(accuracy, LOW), HIGH)
+    return math.log(held / (1.0 - held))
+
+
+def accuracy_of(weight: float) -> float:
+    """The accuracy that `log_odds` turned into a weight."""
+    return 1.0 / (1.0 + math.exp(-weight))
+
+
+def rule_of(strategy: Strategy, calls: int, quorum: int = 0, wave_size: int = 0, bars: tuple[float | None, float] = (None, 0.8)) -> Rule:
+    """The rule for so many calls. `bars`: the threshold that was asked for, and the skill's own, which holds where qualities decide."""
+    asked, skills_own = bars
+    if not strategy.votes:
+        return Rule(strategy, quorum or 1, quorum, wave_size, skills_own if asked is None else asked)
+    vote, text = (VOTE_THRESHOLD, TEXT_THRESHOLD) if asked is None else (asked, asked)
+    return Rule(strategy, quorum or calls // 2 + 1, quorum, wave_size, vote, text)
+
+
+def ordered(slots: Sequence[Slot]) -> list[Slot]:
+    """The calls in the order of asking: what is free first, then first samples, then what counts most, then as they were given."""
+    return sorted(slots, key=lambda slot: (not slot.free, slot.sample, -slot.weight))
+
+
+def settled(lead: float, left: Sequence[float]) -> bool:
+    """Whether the calls that are left cannot take the lead away, nor make a tie, if all of them said the same other thing."""
+    return lead > sum(left) + 1e-9
+
+
+def fewest(lead: float, left: Sequence[float]) -> int:
+    """How many of the calls that are left could settle the vote, if all of them said what leads; all of them where none could."""
+    rest = sum(left)
+    for count, weight in enumerate(left):
+        if lead > rest + 1e-9:
+            return count
+        lead += weight
+        rest -= weight
+    return len(left)
+
+
+def next_wave(rule: Rule, standing: Standing, unasked: Sequence[Slot]) -> int:
+    """How many calls to make at once; 1 at least."""
+    assert unasked and not standing.running
+    if rule.wave_size:
+        return min(rule.wave_size, len(unasked))
+    if rule.strategy is Strategy.SPECIALIST:
+        return 1
+    if rule.strategy is Strategy.BEST_OF_N:
+        return max(1, sum(slot.free for slot in unasked))
+    missing = (rule.enough or rule.needed) - standing.answered
+    if missing > 0:
+        return min(missing, len(unasked))
+    return max(1, fewest(standing.lead, standing.left)) if standing.closed else len(unasked)
+
+
+def verdict(rule: Rule, standing: Standing) -> str:
+    """Why nobody else is asked or waited for, or "" where more answers are of use."""
+    if standing.answered + len(standing.left) < rule.needed:
+        return f"{rule.needed} answers are needed, and {standing.answered + len(standing.left)} can come at most"
+    reached = standing.confidence is not None and standing.confidence >= rule.bar(standing.closed) - 1e-9
+    if not rule.strategy.votes:
+        if rule.enough and standing.answered >= rule.enough and reached:
+            return f"{rule.enough} answers were asked for, and the best reaches the threshold"
+        return "the best answer reaches the threshold" if reached and not standing.running and not rule.enough else ""
+    if standing.answered < rule.needed:
+        return ""
+    if rule.enough and reached and standing.lead > 0:
+        return f"{standing.answered} answers are enough"
+    if not standing.closed:
+        return "the texts agree" if reached and standing.lead > 0 else ""
+    rest = sum(standing.left)
+    if (standing.top + rest) / max(standing.total + rest, 1e-9) < rule.threshold - 1e-9:
+        return "no answer can reach the threshold any more"
+    return "more answers could not change the vote" if reached and settled(standing.lead, standing.left) else ""
+
+
+def best(qualities: Sequence[float | None], standard: Sequence[bool], threshold: float) -> int | None:
+    """The answer of best of n: the highest quality where it reaches the threshold, else the first of those that set the standard.
+
+    `standard`: answers of members that are not scored, whose quality is None. None: no quality is known, and nobody sets a standard.
+    """
+    known = [(quality, -index) for index, quality in enumerate(qualities) if quality is not None]
+    top, place = max(known, default=(-1.0, 0))
+    if known and top >= threshold:
+        return -place
+    taken = next((index for index, sets in enumerate(standard) if sets and qualities[index] is None), None)
+    if taken is not None:
+        return taken
+    return -place if known else None
+
+
+def best_probabilities(posteriors: Sequence[Beta]) -> list[float]:
+    """How likely each member has the highest share of wins of all: sum over x of p_i(x) prod_{j != i} P_j(x), on a grid.
+
+    Drawing by these is Thompson sampling with its probabilities known, which off-policy estimates need.
+    """
+    assert posteriors
+    x = (np.arange(_GRID) + 0.5) / _GRID
+    logs = np.array([(one.wins - 1.0) * np.log(x) + (one.losses - 1.0) * np.log1p(-x) for one in posteriors])
+    density = np.exp(logs - logs.max(axis=1, keepdims=True))
+    density /= density.sum(axis=1, keepdims=True)
+    below = np.clip(np.cumsum(density, axis=1) - density / 2.0, 1e-300, 1.0)
+    everybody = np.log(below).sum(axis=0)
+    found = (density * np.exp(everybody - np.log(below))).sum(axis=1)
+    return [float(one) for one in found / found.sum()]
+
+
+def draw(probabilities: Sequence[float], chance: float) -> int:
+    """The member that `chance`, uniform in [0, 1), falls on."""
+    for index, probability in enumerate(probabilities):
+        chance -= probability
+        if chance < 0.0:
+            return index
+    return len(probabilities) - 1
+
+
+class WinTable:
+    """How often each member was right at each skill since the server started. For the event loop alone."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], Beta] = {}
+
+    def posterior(self, skill: str, model: str, accuracy: float | None = None, observations: float = 0.0) -> Beta:
+        """What was counted, over what the request says of the member, or over what is assumed of any."""
+        counted = self._counts.get((skill, model), Beta(0.0, 0.0))
+        wins, losses = ASSUMED
+        if accuracy is not None:
+            mass = observations or OBSERVATIONS
+            wins, losses = accuracy * mass, (1.0 - accuracy) * mass
+        return Beta(counted.wins + wins, counted.losses + losses)
+
+    def count(self, skill: str, model: str, won: bool) -> None:
+        """One more observation."""
+        before = self._counts.pop((skill, model), Beta(0.0, 0.0))
+        fade = 1.0 if before.wins + before.losses < _MASS else 1.0 - 1.0 / _MASS
+        self._counts[skill, model] = Beta(before.wins * fade + won, before.losses * fade + (not won))
+        if len(self._counts) > _MEMBERS:
+            del self._counts[next(iter(self._counts))]
