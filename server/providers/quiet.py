@@ -17,6 +17,12 @@ class WithoutSecret(logging.Filter):
         super().__init__()
         self._secret = secret
 
+    def __eq__(self, other: object) -> bool:  # so that a logger takes one a secret
+        return isinstance(other, WithoutSecret) and other._secret == self._secret
+
+    def __hash__(self) -> int:
+        return hash(self._secret)
+
     def filter(self, record: logging.LogRecord) -> bool:
         """See logging.Filter."""
         if self._secret in record.getMessage():

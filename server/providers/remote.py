@@ -197,6 +197,8 @@ class RemoteProvider:
     async def _served(self, asked: Asked, body: Callable[[], dict[str, Any]], send: Callable[[bytes], Awaitable[T]]) -> T:
         """Waits for a turn, then sends as often as is safe. After a success the turn is still held; `_leave` ends it."""
         try:
+            if asked.left_s() == 0:
+                raise TimeoutError  # nothing is sent that nobody waits for
             async with asyncio.timeout(asked.left_s()):
                 if self._client is None:
                     await self._open()

@@ -79,6 +79,16 @@ async def test_a_stall_ends_at_the_deadline_and_says_what_it_may_have_cost(kind:
     assert len(server.requests) == 2
 
 
+async def test_nothing_is_sent_after_the_deadline(kind: str, vendor: Start) -> None:
+    server = vendor(lambda number, text: "fine")
+    assert (await ask(client(kind, server.base_url))).text == "fine"
+    for call in (ask, read):
+        with pytest.raises(DeadlineExceeded) as caught:
+            await call(client(kind, server.base_url), deadline_s=-1)
+        assert caught.value.spent_micro_usd == 0
+    assert len(server.requests) == 1
+
+
 async def test_timeouts_are_not_asked_again_because_they_may_be_charged(kind: str, vendor: Start) -> None:
     silent = vendor(lambda number, text: Reply("late", hold=True))
     with pytest.raises(ProviderUnavailable, match=r"timeout_s = 0\.3") as caught:
