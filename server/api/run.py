@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 from server.api import calls, convert
 from server.api.skill_requests import ask_of, check_user, to_result, to_route, work_of
@@ -88,8 +87,7 @@ class RunServicer:
         call = calls.current_call(request.request.priority)
         call.user = check_user(request.request.user)
         ask, works = self._ask(request.request)
-        good = [work for work in works if not isinstance(work, UnderstudyError)]
-        planned = iter(await self._router.explain(replace(ask, works=good), call))
+        planned = iter(await self._router.explain(ask, call))
         routes = []
         for index, work in enumerate(works):
             refused = pb.ExplainedRoute(error=to_status(work)) if isinstance(work, UnderstudyError) else None
@@ -116,9 +114,8 @@ class RunServicer:
     async def _run(self, request: pb.RunRequest, call: Call) -> tuple[pb.RunResponse, Results[Outcome]]:
         call.user = check_user(request.user)
         ask, works = self._ask(request)
-        good = [work for work in works if not isinstance(work, UnderstudyError)]
-        if good or not works:
-            results = await self._router.run(replace(ask, works=good), call)
+        if ask.works or not works:
+            results = await self._router.run(ask, call)
         else:
             if ask.skill:
                 self._router.skills.get(ask.skill)
@@ -135,7 +132,7 @@ class RunServicer:
         return response, results
 
     def _ask(self, request: pb.RunRequest) -> tuple[Ask, list[Work | UnderstudyError]]:
-        """The request, and each input or why it is none."""
+        """The request with the inputs that can be worked on, and each input or why it is none."""
         if not request.inputs and (request.skill or not request.instruction):
             if not request.skill:
                 known = ", ".join(self._router.skills.names()[:20])
@@ -145,4 +142,4 @@ class RunServicer:
             message = f"inputs holds {len(request.inputs)}; expected at most {self._max_items}. Split the call."
             raise RequestTooLarge(message, field="inputs", limit=self._max_items)
         works = [work_of(item, index) for index, item in enumerate(request.inputs)]
-        return ask_of(request, []), works
+        return ask_of(request, [work for work in works if not isinstance(work, UnderstudyError)]), works

@@ -29,6 +29,7 @@ _FRAME = struct.Struct("<II")
 MAX_RECORD_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def frame(payload: bytes) -> bytes:
@@ -130,7 +131,7 @@ class Log:
         Raises:
             OSError: the file system refused; none of the records is kept.
         """
-        data = b"".join(frame(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()) for record in records)
+        data = b"".join([frame(_encode(record).encode()) for record in records])
         if not data:
             return
         with self._lock:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from server.core import Call, Timings, Work
+from server.core import Call, Hop, Timings, Work
 from server.errors import InternalError, UnderstudyError
 from server.routing.candidates import Answer, Brief
 from server.routing.items import Item
 
 _MOST_LABELS = 8
+_HOP = tuple(field.name for field in fields(Hop))  # asdict() copies deeply, which a hop needs not
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int, elapsed_s: float) -> dict[str, Any]:
@@ -31,17 +33,17 @@ def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int,
         "input_kind": item.work.kind,
         "input": shown(item.work),
         "instruction": brief.instruction or None,
-        "parameters": json.dumps(dict(brief.parameters), ensure_ascii=False) if brief.parameters else None,
-        "detection": json.dumps(asdict(decision.detected), ensure_ascii=False) if decision.detected else None,
+        "parameters": _encode(dict(brief.parameters)) if brief.parameters else None,
+        "detection": _encode(asdict(decision.detected)) if decision.detected else None,
         "preference": decision.preference.value,
         "difficulty": decision.difficulty,
-        "hops": json.dumps([asdict(hop) for hop in decision.hops], ensure_ascii=False),
+        "hops": _encode([{name: getattr(hop, name) for name in _HOP} for hop in decision.hops]),
         "candidate": decision.candidate,
         "local": decision.local,
         "output_text": outcome.output_text,
         "labels": [label.name for label in reply.labels[:_MOST_LABELS]],
         "scores": [label.score for label in reply.labels[:_MOST_LABELS]],
-        "tool_calls": json.dumps([asdict(one) for one in reply.tool_calls], ensure_ascii=False) if reply.tool_calls else None,
+        "tool_calls": _encode([asdict(one) for one in reply.tool_calls]) if reply.tool_calls else None,
         "finish_reason": reply.finish.value if reply.finish is not None else None,
         "findings": list(outcome.findings),
         "quality": outcome.quality,
@@ -77,9 +79,9 @@ def shown(work: Work) -> str:
     if work.kind == "text":
         return work.text
     if work.kind == "pair":
-        return json.dumps({"text": work.text, "text_pair": work.text_pair}, ensure_ascii=False)
+        return _encode({"text": work.text, "text_pair": work.text_pair})
     messages = [{"role": m.role, "content": m.content, **({"images": len(m.images)} if m.images else {})} for m in work.messages]
-    return json.dumps(messages, ensure_ascii=False)
+    return _encode(messages)
 
 
 def _label(answer: Answer | None) -> str | None:

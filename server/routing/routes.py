@@ -87,11 +87,7 @@ class Routes:
         shadow = stage == "shadow" and preference is not Preference.LOCAL_ONLY
         remotes = [] if skill.classifies and not brief.labels else self._remotes(brief)
         made: dict[str, Candidate] = {one.name: one for one in (*locals_, *remotes)}
-        facts = [
-            Facts(one.name, one.local, rank, one.worst_cost_micro_usd(work), one.expected_s())
-            for rank, one in enumerate(made.values())
-            if not (shadow and one.local)
-        ]
+        facts = [_facts(one, rank, preference, work) for rank, one in enumerate(made.values()) if not (shadow and one.local)]
         found = [Place(made[one.name], reason) for one, reason in order(facts, preference)]
         if shadow and preference is not Preference.PROVIDER_ONLY:
             found += [Place(one, "it runs in the shadow of the teacher", shadow=True) for one in locals_]
@@ -103,19 +99,21 @@ class Routes:
         """Marks, item by item, the candidates that will not be asked. Assignments stick to the call's user, without one to the item."""
         skill = brief.skill
         latency = limits.max_latency_s if limits.max_latency_s is not None else skill.max_latency_s
-        remote = any(not place.candidate.local for place in places)
-        stage = self._parts.skills.stage(skill.name)
-        for place in places:
-            reason = _slow(place.candidate, latency)
-            if reason:
-                for item in items:
-                    item.passed_over[place.candidate.name] = reason
+        if latency is not None:
+            for place in places:
+                reason = _slow(place.candidate, latency)
+                if reason:
+                    for item in items:
+                        item.passed_over[place.candidate.name] = reason
         students = [place.candidate for place in places if place.candidate.local and not place.shadow]
+        remote = any(not place.candidate.local for place in places)
         if not students or not remote or limits.preference in (Preference.LOCAL_ONLY, Preference.PROVIDER_ONLY):
             return
-        if stage == "canary":
+        if self._parts.skills.stage(skill.name) == "canary":
             for item in items:
-                inside, item.outcome.decision.propensity = assigned(skill.name, call.user or item.outcome.interaction_id, skill.rollout_percent)
+                inside, item.outcome.decision.propensity = assigned(
+                    skill.name, call.user or item.outcome.interaction_id, skill.rollout_percent
+                )
                 if not inside:
                     for student in students:
                         item.passed_over[student.name] = f"assigned to the teacher: {skill.rollout_percent} % go to the student"
@@ -199,8 +197,15 @@ class Routes:
         return FailedPrecondition(f"Nobody may answer the skill {skill.name!r}: {why}", skill=skill.name, preference=preference.value)
 
 
-def _slow(candidate: Candidate, latency: float | None) -> str:
+def _facts(candidate: Candidate, rank: int, preference: Preference, work: Work) -> Facts:
+    """What the preference asks of a candidate: a price needs the whole prompt, a latency a look at the last answers."""
+    priced = preference in (Preference.CHEAPEST, Preference.FREE_FIRST)
+    cost = candidate.worst_cost_micro_usd(work) if priced else None
+    return Facts(candidate.name, candidate.local, rank, cost, candidate.expected_s() if preference is Preference.FASTEST else None)
+
+
+def _slow(candidate: Candidate, latency: float) -> str:
     expected = candidate.expected_s()
-    if latency is None or expected is None or expected <= latency:
+    if expected is None or expected <= latency:
         return ""
     return f"it took {expected:.3g} s of late; at most {latency:.3g} s are allowed"
