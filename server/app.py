@@ -170,6 +170,7 @@ class App:
             (_service("inference_service", "InferenceService"), inference),
             (_service("skill_service", "SkillService"), skills.skills),
             (_service("feedback_service", "FeedbackService"), skills.feedback),
+            (_service("ensemble_service", "EnsembleService"), skills.ensembles),
             (_service("model_service", "ModelService"), ModelServicer(runtime)),
             (
                 _service("stats_service", "StatsService"),

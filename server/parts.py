@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.api.ensembles import EnsembleServicer
 from server.api.feedback import FeedbackServicer
 from server.api.generate_skill import SkillGeneration
 from server.api.run import RunServicer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from server.lake.lake import Lake
     from server.providers.base import Provider
     from server.registry.registry import Registry
+    from server.routing.difficulty_book import DifficultyBook
 
 ADAPTERS = "adapters"  # the folder of the model repository that holds them
 
@@ -40,21 +42,25 @@ class SkillParts:
     generation: SkillGeneration
     skills: SkillServicer
     feedback: FeedbackServicer
+    ensembles: EnsembleServicer
     adapters: AdapterStore
     lake: Lake
     registry: Registry
     providers: Mapping[str, Provider]
     budget: Budget
+    difficulty: DifficultyBook
 
     async def start(self) -> None:
         """Looks for adapters and at what is spent, and starts the threads."""
         await self.adapters.start()
+        await self.difficulty.start()
         await self.budget.start()
         await asyncio.to_thread(self.lake.start)
 
     async def close(self) -> None:
         """Stops in the order of dependence; the lake's log is sealed and converted last."""
         await self.adapters.stop()
+        await self.difficulty.stop()
         for provider in self.providers.values():
             await provider.close()
         await self.budget.close()
@@ -68,7 +74,9 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     from server.providers.make import make_providers
     from server.registry.registry import Registry
     from server.routing.detection import Detection
-    from server.routing.judge import QualityJudge
+    from server.routing.difficulty_book import DifficultyBook
+    from server.routing.ensemble import Ensembles
+    from server.routing.judge import QualityBook, QualityJudge
     from server.routing.pace import Paces
     from server.routing.router import Router
     from server.routing.routes import RouteParts
@@ -81,6 +89,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     lake = Lake(Path(config.lake.path), flush_s=config.lake.flush_s, segment_bytes=config.lake.segment_bytes)
     registry = Registry(config.registry)
     budget = Budget(config.budget, registry, observer=metrics)
+    difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
 
     def embedder() -> str:
         """Raises where there is none, or several."""
@@ -93,26 +102,28 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         selection.default,
         Paces(),
         budget=budget if budget.limited else None,
+        difficulty=difficulty,
         max_difficulty=config.routing.max_difficulty,
     )
-    router = Router(
-        parts,
-        lake,
-        QualityJudge(runtime, embedder),
-        detector=Detection(runtime, embedder),
-        observer=ItemReports(metrics),
-        hold_tokens=config.routing.hold_tokens,
+    judge, detector, observer = (
+        QualityJudge(runtime, embedder, QualityBook(models / ADAPTERS)),
+        Detection(runtime, embedder),
+        ItemReports(metrics),
     )
+    router = Router(parts, lake, judge, detector=detector, observer=observer, hold_tokens=config.routing.hold_tokens)
+    ensembles = Ensembles(parts, lake, judge, embedder, detector=detector, observer=observer)
     return SkillParts(
         RunServicer(router, config.server.max_items, config.routing.run_many_in_flight),
         SkillGeneration(router),
         SkillServicer(book),
         FeedbackServicer(lake, registry),
+        EnsembleServicer(ensembles),
         store,
         lake,
         registry,
         providers,
         budget,
+        difficulty,
     )
 
 

@@ -42,7 +42,10 @@ class Signals:
 
 @dataclass(slots=True, frozen=True)
 class Answer:
-    """One candidate's answer to one item. `quality` is None where it was not scored; `findings` says what was found wanting."""
+    """One candidate's answer to one item. `quality` is None where it was not scored; `findings` says what was found wanting.
+
+    `basis`: who gave the quality, where that is not a calibration of the skill's own.
+    """
 
     reply: Reply
     quality: float | None = None
@@ -54,6 +57,7 @@ class Answer:
     elapsed_s: float = 0.0
     tries: int = 1
     signals: Signals = field(default_factory=Signals)
+    basis: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,6 +97,7 @@ class Candidate(Protocol):
     name: str  # as decisions show it: "local:<adapter or model>@<version>" or "<provider>/<model>"
     local: bool  # nothing is paid and nothing leaves the machine
     scored: bool
+    aborted_micro_usd: int  # what a stream cost that was closed before its end
 
     def answers(
         self, works: Sequence[Work], call: Call, timings: Timings, allowed: Allowance

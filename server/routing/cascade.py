@@ -26,7 +26,7 @@ class Judge(Protocol):
         """The same answer with a quality, where one can be known, and what was found wanting."""
         ...
 
-    async def agree(self, answers: Sequence[Answer], call: Call) -> tuple[int, float]:
+    async def agree(self, prompt: str, answers: Sequence[Answer], call: Call) -> tuple[int, float]:
         """Index of the answer that the others agree with most, and how much they do, in [0, 1]."""
         ...
 
@@ -52,9 +52,10 @@ class Cascade:
                     break
                 await self._ask(place.candidate, pending, asked[number + 1 :])
         finally:
-            for task in shadows:  # a shadow that is slower than the teacher is left: nobody waits for it
-                task.cancel()
-            await asyncio.gather(*shadows, return_exceptions=True)
+            if shadows:
+                for task in shadows:  # a shadow that is slower than the teacher is left: nobody waits for it
+                    task.cancel()
+                await asyncio.gather(*shadows, return_exceptions=True)
 
     def allowance(self, later: int) -> Allowance:
         """What one item may take of the candidate that is asked now."""
@@ -100,9 +101,9 @@ class Cascade:
         elif answer.quality is None:
             item.deliver(candidate, answer, "its quality is not known, and nobody who sets a standard may answer")
         elif answer.quality < bar:
-            item.hop(candidate, "below_bar", f"quality {answer.quality:.3f} is below the bar {bar:g}", answer)
+            item.hop(candidate, "below_bar", f"quality {answer.quality:.3f} is below the bar {bar:g}{_by(answer)}", answer)
         else:
-            item.deliver(candidate, answer, f"quality reaches the bar {bar:g}")
+            item.deliver(candidate, answer, f"quality reaches the bar {bar:g}{_by(answer)}")
 
     def _wants_second_try(self, answer: Answer) -> bool:
         skill = self._brief.skill
@@ -118,7 +119,7 @@ class Cascade:
         if isinstance(second, Failure):
             return replace(first, usage=usage, cost_micro_usd=cost, elapsed_s=elapsed, tries=2)
         both = (first, second)
-        chosen, agreement = await self._judge.agree(both, self._call)
+        chosen, agreement = await self._judge.agree(item.work.plain, both, self._call)
         signals = replace(both[chosen].signals, agreement=agreement)
         answer = replace(both[chosen], signals=signals, usage=usage, cost_micro_usd=cost, elapsed_s=elapsed, tries=2)
         return self._judge.look(self._brief, item, answer)
@@ -135,3 +136,7 @@ class Cascade:
             answer = self._judge.look(self._brief, item, answer)
             item.answers[candidate.name] = answer
             item.hop(candidate, "shadow", "asked for comparison", answer)
+
+
+def _by(answer: Answer) -> str:
+    return f", by {answer.basis}" if answer.basis else ""

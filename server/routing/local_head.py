@@ -21,6 +21,7 @@ class HeadCandidate:
 
     local = True
     scored = True
+    aborted_micro_usd = 0
 
     def __init__(self, student: Student, runtime: Runtime, paces: Paces) -> None:
         self.name = student.candidate

@@ -32,6 +32,7 @@ class LocalModel:
 
     local = True
     scored = True
+    aborted_micro_usd = 0
 
     def __init__(self, model: str, task: Task, runtime: Runtime, brief: Brief, paces: Paces) -> None:
         self._model, _, self._adapter = model.partition("/")

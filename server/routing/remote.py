@@ -38,6 +38,7 @@ class ProviderCandidate:
         self._brief = brief
         self._budget = budget
         self._check = checker(brief.skill.json_schema) if brief.skill.json_schema else None
+        self.aborted_micro_usd = 0
 
     def closed(self) -> str:
         """See Candidate."""
@@ -93,11 +94,13 @@ class ProviderCandidate:
         started = time.perf_counter()
         reservation = await self._reserve(prompt, call)
         spent: int | None = None
+        text: list[str] = []
         try:
             parts = self._provider.stream(self._model, prompt, early(allowed.deadline))
             try:
                 async for part in parts:
                     if part.text:
+                        text.append(part.text)
                         yield Piece(part.text)
                     if part.completion is None:
                         continue
@@ -112,7 +115,8 @@ class ProviderCandidate:
             finally:
                 await parts.aclose()
         finally:
-            # A caller that leaves in the middle pays for the worst: the vendor may have written on.
+            if spent is None:  # whoever read has left
+                spent = self.aborted_micro_usd = self._provider.aborted_cost_micro_usd(self._model, prompt, "".join(text))
             await self._settle(reservation, spent)
 
     async def _one(self, work: Work, call: Call, allowed: Allowance) -> Answer | Failure:

@@ -89,6 +89,7 @@ class StreamedCascade:
                 raise
         finally:
             await pieces.aclose()
+            item.outcome.cost_micro_usd += candidate.aborted_micro_usd
 
     def _first_look(self, candidate: Candidate, item: Item, text: str, piece: Piece, later: Sequence[Place]) -> bool | None:
         """True: the words may be seen. False: the next candidate is due. None: they are held on."""

@@ -18,7 +18,7 @@ from server.lake.lake import Lake
 from server.providers.base import Completion, Embeddings, Health, Part, Prompt
 from server.quality.calibration import Calibration
 from server.routing.briefing import Ask
-from server.routing.judge import QualityJudge
+from server.routing.judge import QualityBook, QualityJudge
 from server.routing.pace import Paces
 from server.routing.router import Router
 from server.routing.routes import RouteParts
@@ -72,6 +72,9 @@ class ScriptedProvider:
 
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         return 50
+
+    def aborted_cost_micro_usd(self, model: str, prompt: Prompt, text: str) -> int:
+        return 5
 
     async def stream(self, model: str, prompt: Prompt, deadline: float | None) -> AsyncGenerator[Part, None]:
         completion = await self.complete(model, prompt, deadline)
@@ -146,7 +149,7 @@ class Bench:
 
     def router_of(self, skill: Skill, providers: Mapping[str, ScriptedProvider], **more: Any) -> Router:
         parts = RouteParts(SkillBook({skill.name: skill}, self.heads), self.runtime, providers, self.default_model, Paces(), **more)
-        return Router(parts, self.lake, QualityJudge(self.runtime, lambda: "embedder"))
+        return Router(parts, self.lake, QualityJudge(self.runtime, lambda: "embedder", QualityBook(self.lake.path)))
 
     def default_model(self, task: Task) -> str:
         return {Task.FEATURE_EXTRACTION: "embedder"}[task]

@@ -40,7 +40,7 @@ class ScriptedJudge:
         quality = self.qualities.pop(0) if len(self.qualities) > 1 else self.qualities[0]
         return replace(answer, quality=quality, findings=("it was not looked at",) if quality is None else ())
 
-    async def agree(self, answers: Sequence[Answer], call: Call) -> tuple[int, float]:
+    async def agree(self, prompt: str, answers: Sequence[Answer], call: Call) -> tuple[int, float]:
         self.compared += 1
         return self.agreed, 0.5
 
