@@ -2,8 +2,9 @@
 
 GPT-4-1106-preview is the strong model, Mixtral-8x7B the weak one, whose answers were marked by RouteLLM's authors. Each evaluation fits
 the model that a skill would have (trainer/difficulty.py) and ranks rows by the predicted gain; penalties, scales and blends are chosen
-inside the training rows, and near-identical prompts never lie on both sides. What is fixed was looked at on these rows while the model was
-designed, coarsely: the parts, the kernel's width, the form features and their weight beside words. Without the data set nothing can be measured.
+inside the training rows, and near-identical prompts never lie on both sides. What is fixed was looked at on these rows while the model
+was designed, coarsely: its parts, the kernel's width, the form features and their weight beside words. Without the data set nothing can
+be measured.
 """
 
 from __future__ import annotations
