@@ -262,15 +262,15 @@ class Ensembles:
         if rule.strategy.votes:
             return await self._voted(run, answered)
         chosen = answered[-1] if rule.strategy is Strategy.SPECIALIST else await self._best(run, answered)
-        for shot in answered:
-            if shot.answer is not None and shot.answer.quality is not None:
+        for shot in answered:  # a quality that nobody measured on this skill is no observation
+            if shot.answer is not None and shot.answer.quality is not None and not shot.answer.basis:
                 self.wins.count(run.item.outcome.decision.skill, shot.name, shot.answer.quality >= rule.threshold)
         assert chosen.answer is not None
         quality = chosen.answer.quality
-        if quality is not None:
-            run.ensemble.confidence = quality
-        elif rule.strategy is Strategy.SPECIALIST:
+        if rule.strategy is Strategy.SPECIALIST:
             run.ensemble.confidence = chosen.slot.weight  # the share of its answers that is expected to be right
+        elif quality is not None:
+            run.ensemble.confidence = quality
         taken = quality is None or not chosen.member.candidate.scored or quality >= rule.threshold
         return chosen if taken else None
 
@@ -391,10 +391,12 @@ def comparable(shot: Shot) -> str:
 
 
 def _good(shot: Shot, strategy: Strategy) -> float | None:
-    """What is known of an answer where qualities decide; 1 where none is known of somebody who is taken at his word."""
+    """What is known of an answer where qualities decide; 1 of a member that is taken at its word."""
     assert shot.answer is not None
-    at_his_word = strategy is Strategy.SPECIALIST or not shot.member.candidate.scored
-    return 1.0 if shot.answer.quality is None and at_his_word else shot.answer.quality
+    quality, scored = shot.answer.quality, shot.member.candidate.scored
+    if strategy is Strategy.SPECIALIST and (quality is None or not scored):
+        return 1.0
+    return 1.0 if quality is None and not scored else quality
 
 
 def _until(asked: EnsembleAsk, call: Call) -> float | None:

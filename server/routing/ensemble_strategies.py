@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -123,20 +123,29 @@ def ordered(slots: Sequence[Slot]) -> list[Slot]:
     return sorted(slots, key=lambda slot: (not slot.free, slot.sample, -slot.weight))
 
 
-def settled(lead: float, left: Sequence[float]) -> bool:
-    """Whether the calls that are left cannot take the lead away, nor make a tie, if all of them said the same other thing."""
-    return lead > sum(left) + 1e-9
+def settled(standing: Standing, threshold: float) -> bool:
+    """Whether the calls that are left could change nothing, if all of them said the same other thing: neither who leads nor, by that, the
+
+    share of the leading answer to less than the threshold.
+    """
+    rest = sum(standing.left)
+    return standing.lead > rest + 1e-9 and standing.top >= threshold * (standing.total + rest) - 1e-9
 
 
-def fewest(lead: float, left: Sequence[float]) -> int:
+def fewest(standing: Standing, threshold: float) -> int:
     """How many of the calls that are left could settle the vote, if all of them said what leads; all of them where none could."""
-    rest = sum(left)
-    for count, weight in enumerate(left):
-        if lead > rest + 1e-9:
+    for count in range(len(standing.left)):
+        more = sum(standing.left[:count])
+        after = replace(
+            standing,
+            left=standing.left[count:],
+            total=standing.total + more,
+            top=standing.top + more,
+            lead=standing.lead + more,
+        )
+        if settled(after, threshold):
             return count
-        lead += weight
-        rest -= weight
-    return len(left)
+    return len(standing.left)
 
 
 def next_wave(rule: Rule, standing: Standing, unasked: Sequence[Slot]) -> int:
@@ -149,9 +158,9 @@ def next_wave(rule: Rule, standing: Standing, unasked: Sequence[Slot]) -> int:
     if rule.strategy is Strategy.BEST_OF_N:
         return max(1, sum(slot.free for slot in unasked))
     missing = (rule.enough or rule.needed) - standing.answered
-    if missing > 0:
-        return min(missing, len(unasked))
-    return max(1, fewest(standing.lead, standing.left)) if standing.closed else len(unasked)
+    if not rule.enough:
+        missing = max(missing, fewest(standing, rule.threshold) if standing.closed else len(unasked) if standing.answered else 0)
+    return min(max(missing, 1), len(unasked))
 
 
 def verdict(rule: Rule, standing: Standing) -> str:
@@ -172,22 +181,21 @@ def verdict(rule: Rule, standing: Standing) -> str:
     rest = sum(standing.left)
     if (standing.top + rest) / max(standing.total + rest, 1e-9) < rule.threshold - 1e-9:
         return "no answer can reach the threshold any more"
-    return "more answers could not change the vote" if reached and settled(standing.lead, standing.left) else ""
+    return "more answers could not change the vote" if standing.left and settled(standing, rule.threshold) else ""
 
 
 def best(qualities: Sequence[float | None], standard: Sequence[bool], threshold: float) -> int | None:
-    """The answer of best of n: the highest quality where it reaches the threshold, else the first of those that set the standard.
+    """The answer of best of n: the highest quality where it reaches the threshold, else the best of those that set the standard, else the
 
-    `standard`: answers of members that are not scored, whose quality is None. None: no quality is known, and nobody sets a standard.
+    highest quality. `standard`: answers of members whose answers are taken without a score. None: there is no quality to go by.
     """
     known = [(quality, -index) for index, quality in enumerate(qualities) if quality is not None]
-    top, place = max(known, default=(-1.0, 0))
-    if known and top >= threshold:
-        return -place
-    taken = next((index for index, sets in enumerate(standard) if sets and qualities[index] is None), None)
-    if taken is not None:
-        return taken
-    return -place if known else None
+    if known and max(known)[0] >= threshold:
+        return -max(known)[1]
+    taken = [(-1.0 if (quality := qualities[index]) is None else quality, -index) for index, sets in enumerate(standard) if sets]
+    if taken:
+        return -max(taken)[1]
+    return -max(known)[1] if known else None
 
 
 def best_probabilities(posteriors: Sequence[Beta]) -> list[float]:
