@@ -104,6 +104,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         budget=budget if budget.limited else None,
         difficulty=difficulty,
         max_difficulty=config.routing.max_difficulty,
+        least_gain=config.routing.least_gain,
     )
     judge, detector, observer = (
         QualityJudge(runtime, embedder, QualityBook(models / ADAPTERS)),

@@ -127,6 +127,7 @@ class RoutingConfig(Section):
     )
     hold_tokens: int = Field(default=24, ge=1)  # a routed stream of a local model is held back for so many tokens until it was looked at
     max_difficulty: float = Field(default=0.6, ge=0, le=1)  # inputs that are likelier than this to be beyond the student go past it
+    least_gain: float = Field(default=0.1, ge=-1, le=1)  # but only where the teacher is expected to add so much quality
     run_many_in_flight: int = Field(default=64, ge=1)  # requests of one RunMany stream that run at once
 
 

@@ -40,11 +40,9 @@ class DifficultyBook:
         """The model that answers for a skill now."""
         return self._models.get(skill)
 
-    async def estimate(self, skill: str, texts: Sequence[str]) -> list[float] | None:
-        """P(the student's answer will not be acceptable) of each text; None where nothing was learned of the skill."""
-        if skill not in self._models:
-            return None
-        return [one.value for one in await self.estimates(skill, texts)]
+    async def estimate(self, skill: str, texts: Sequence[str]) -> list[DifficultyEstimate] | None:
+        """The estimate of each text; None where nothing was learned of the skill."""
+        return await self.estimates(skill, texts) if skill in self._models else None
 
     async def estimates(self, skill: str, texts: Sequence[str]) -> list[DifficultyEstimate]:
         """The whole estimate of each text; the prior where nothing was learned of the skill."""

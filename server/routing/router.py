@@ -167,4 +167,3 @@ class Router:
         if self._observer is not None:
             for item in items:
                 self._observer.item_done(brief, item.outcome, elapsed)
-

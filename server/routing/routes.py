@@ -12,6 +12,7 @@ from server.providers.base import Provider
 from server.routing.budget import Budget
 from server.routing.budget_windows import Scopes
 from server.routing.candidates import Brief, Candidate
+from server.routing.difficulty import DifficultyEstimate
 from server.routing.items import Item, Place
 from server.routing.local_head import HeadCandidate
 from server.routing.local_model import EncoderCandidate, GeneratorCandidate
@@ -48,8 +49,8 @@ def local_tasks(brief: Brief) -> tuple[Task, ...]:
 class Difficulty(Protocol):
     """Says how hard inputs are for a skill's student."""
 
-    async def estimate(self, skill: str, texts: Sequence[str]) -> list[float] | None:
-        """Probability in [0, 1] that the local answer will not be acceptable, a text; None where nothing was learned of the skill."""
+    async def estimate(self, skill: str, texts: Sequence[str]) -> Sequence[DifficultyEstimate] | None:
+        """The estimate of each text; None where nothing was learned of the skill."""
         ...
 
 
@@ -65,6 +66,7 @@ class RouteParts:
     budget: Budget | None = None
     difficulty: Difficulty | None = None
     max_difficulty: float = 0.6
+    least_gain: float = 0.1
 
 
 class Routes:
@@ -126,10 +128,12 @@ class Routes:
         if values is None:
             return
         for item, value in zip(items, values, strict=True):
-            item.outcome.decision.difficulty = value
-            if value > self._parts.max_difficulty:
+            item.outcome.decision.difficulty = value.value
+            # What the teacher would get wrong too is not sent to it: that would be pure cost.
+            if value.value > self._parts.max_difficulty and value.gain >= self._parts.least_gain:
                 for student in students:
-                    reason = f"it seems too hard: difficulty {value:.2f} is above {self._parts.max_difficulty:g}"
+                    hard = f"difficulty {value.value:.2f} is above {self._parts.max_difficulty:g}"
+                    reason = f"it seems too hard: {hard}, and the teacher would add {value.gain:.2f}"
                     item.passed_over.setdefault(student.name, reason)
 
     def blocked(self, brief: Brief, candidate: Candidate, call: Call) -> str:

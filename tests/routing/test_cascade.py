@@ -13,6 +13,7 @@ from server.core import Call, Outcome, Preference, Work
 from server.errors import ProviderUnavailable, UnderstudyError
 from server.routing.briefing import Ask
 from server.routing.candidates import Answer, Brief
+from server.routing.difficulty import DifficultyEstimate
 from server.routing.items import Item
 from server.routing.pace import Paces
 from server.routing.router import Router
@@ -148,15 +149,16 @@ async def test_a_canary_sticks_to_its_users(made: Any) -> None:
 
 
 class Hard:
-    """Whatever asks why is hard."""
+    """Whatever asks why is hard; what asks twice is hard for the teacher too."""
 
-    async def estimate(self, skill: str, texts: Sequence[str]) -> list[float] | None:
-        return [0.9 if "why" in text else 0.1 for text in texts]
+    async def estimate(self, skill: str, texts: Sequence[str]) -> list[DifficultyEstimate] | None:
+        return [DifficultyEstimate(0.9 if "why" in text else 0.1, 0.0 if text.count("why") > 1 else 0.5, "learned", 100) for text in texts]
 
 
 async def test_what_seems_too_hard_goes_past_the_student(made: Any) -> None:
     router, _ = made(ScriptedJudge(0.9), difficulty=Hard())
-    easy, hard = (await router.run(asked(QUESTION, "but why ?"), Call("test"))).items
+    easy, hard, hopeless = (await router.run(asked(QUESTION, "but why ?", "why why ?"), Call("test"))).items
+    assert hopeless.decision.local, "asking the teacher would be pure cost"
     assert easy.decision.local and easy.decision.difficulty == 0.1
     assert not hard.decision.local and hard.decision.difficulty == 0.9 and hops(hard)[0][1] == "skipped"
     (hard,) = (await router.run(asked("why ?", limits=replace(asked().limits, preference=Preference.LOCAL_ONLY)), Call("test"))).items

@@ -248,7 +248,7 @@ class TestBook:
         book.refresh()
         first = book.current("intent")
         values = await book.estimate("intent", [EASY[0], HARD[0]])
-        assert first is not None and first.spec.version == "1" and values is not None and values[0] < values[1]
+        assert first is not None and first.spec.version == "1" and values is not None and values[0].value < values[1].value
 
         words.save(root / "3")  # its manifest says 1
         for _ in range(2):
@@ -287,5 +287,6 @@ class TestBook:
             values = await book.estimate("intent", texts[:9])
         finally:
             await book.stop()
-        assert values == pytest.approx(model.scores(texts[:9], vectors[:9])[0].tolist(), abs=1e-5)
+        assert values is not None
+        assert [one.value for one in values] == pytest.approx(model.scores(texts[:9], vectors[:9])[0].tolist(), abs=1e-5)
         assert await DifficultyBook(tmp_path).estimate("intent", texts[:1]) is None  # nobody looked yet
