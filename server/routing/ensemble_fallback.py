@@ -18,6 +18,8 @@ from server.routing.routes import Routes
 class Recalled:
     """A candidate that has answered as a member: its answer is at hand, and paid."""
 
+    aborted_micro_usd = 0
+
     def __init__(self, candidate: Candidate, answer: Answer) -> None:
         self.name = candidate.name
         self.local = candidate.local
