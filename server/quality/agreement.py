@@ -10,6 +10,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -21,8 +22,9 @@ import numpy as np
 from native.score import FEATURES, Pair
 from server.core import FloatArray
 
-# What is left of the similarity of two texts of which one has numbers that the other lacks, or of which one alone negates.
-NUMBERS_DIFFER, NEGATION_DIFFERS = 0.5, 0.6
+# What is left of the similarity of two texts that each have a number that the other lacks, that have the same numbers each more often than
+# the other, or of which one alone negates.
+NUMBERS_DIFFER, COUNTS_DIFFER, NEGATION_DIFFERS = 0.5, 0.75, 0.6
 ALIKE = 0.75  # texts at least so similar are said to agree
 _LONGEST_CLOSED = 60  # characters; a longer answer is a text, unless it is JSON
 _LOW, _HIGH = 0.51, 0.99  # accuracies are held within: a member is never worth nothing, and never beyond appeal
@@ -235,22 +237,24 @@ def _number(text: str) -> str:
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.12g}"
 
 
-def _numbers(text: str) -> frozenset[str]:
-    words = {str(_NUMBER_WORDS[w]) for w in _words(text) if w in _NUMBER_WORDS and w not in ("one", "zero")}
-    return frozenset({_number(found) for found in _NUMBER.findall(text[:20_000])} | words)
+def _numbers(text: str) -> Counter[str]:
+    """How often each number stands in a text."""
+    found = Counter(map(_number, _NUMBER.findall(text[:20_000])))
+    found.update(str(_NUMBER_WORDS[w]) for w in _words(text[:20_000]) if w in _NUMBER_WORDS and w not in ("one", "zero"))
+    return found
 
 
 def _negated(text: str) -> bool:
     return bool(Pair("", text[:20_000]).features()[_NEGATION] > 0)
 
 
-def _conflict(first: frozenset[str], second: frozenset[str], negated: bool, other_negated: bool) -> tuple[float, str]:
-    """What is left of two texts' similarity, and why."""
+def _conflict(first: Counter[str], second: Counter[str], negated: bool, other_negated: bool) -> tuple[float, str]:
+    """What is left of two texts' similarity, and why. A text that only leaves numbers out contradicts nothing."""
     factor, why = 1.0, []
-    if first and second and not (first <= second or second <= first):
-        factor *= NUMBERS_DIFFER
-        one, other = sorted(first - second)[:3], sorted(second - first)[:3]
-        why.append(f"the numbers {', '.join(one)} and {', '.join(other)}")
+    more, less = first - second, second - first
+    if more and less:
+        factor *= NUMBERS_DIFFER if set(first) != set(second) else COUNTS_DIFFER
+        why.append(f"the numbers {', '.join(sorted(more)[:3])} and {', '.join(sorted(less)[:3])}")
     if negated != other_negated:
         factor *= NEGATION_DIFFERS
         why.append("one of them negates")

@@ -54,6 +54,7 @@ def test_groups_stay_together() -> None:
 
 def test_broken_curves_are_refused() -> None:
     good = Curve("isotonic", (0.0, 1.0), (0.2, 0.9), 0.01, 100).to_json()
+    change: dict[str, Any]
     for change in ({"ys": [0.9, 0.2]}, {"xs": [0]}, {"kind": "spline"}, {"ece": None}, {"ys": [0.1, float("nan")]}, {"xs": [], "ys": []}):
         with pytest.raises(ModelRejected):
             Curve.from_json({**good, **change})
@@ -92,11 +93,9 @@ def test_a_report_and_its_page(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     q = rng.random(2000).astype(np.float32)
     found = report("my <skill>", q, rng.random(2000) < q, groups=(np.arange(2000) // 4).tolist())
-    assert (
-        found.auroc == pytest.approx(5 / 6, abs=0.03)
-        and found.auroc_interval
-        and found.auroc_interval[0] < found.auroc < found.auroc_interval[1]
-    )
+    assert found.auroc is not None and found.auroc_interval is not None
+    assert found.auroc == pytest.approx(5 / 6, abs=0.03)
+    assert found.auroc_interval[0] < found.auroc < found.auroc_interval[1]
     assert (
         found.ece < 0.05
         and found.aurc_best < found.aurc < 1 - found.acceptable
