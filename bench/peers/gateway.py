@@ -43,7 +43,9 @@ def litellm(models: Mapping[str, str], prices: Mapping[str, float]) -> Iterator[
         {"model_name": name, "litellm_params": {"model": "openai/mock", "api_base": url, "api_key": "none", **prices}}
         for name, url in models.items()
     ]
-    config.write_text(json.dumps({"model_list": listed}))  # JSON is YAML
+    # Ours checks no keys here either. JSON is YAML.
+    general = {"dangerously_permit_weak_or_unset_master_key": True}
+    config.write_text(json.dumps({"model_list": listed, "general_settings": general}))
     # Without the variable it asks GitHub for prices when it starts.
     command = ["env", "LITELLM_LOCAL_MODEL_COST_MAP=True", str(python.parent / "litellm"), "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1", "--telemetry", "False"]
