@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,15 @@ def fit(
     return Fitted(replace(model, second=second, second_curve=second_curve), alone, agreed)
 
 
+def with_priors(model: QualityModel, priors: Mapping[str, float]) -> QualityModel:
+    """Sets the weights, in log-odds a unit, of features that the data never showed at work; `about` says which. Others stay as fitted."""
+    inverse, weights = model.inverse.copy(), model.weights.copy()
+    unseen = {name: weight for name, weight in priors.items() if not inverse[names().index(name)]}
+    for name, weight in unseen.items():
+        inverse[names().index(name)], weights[names().index(name)] = 1.0, weight
+    return replace(model, inverse=inverse, weights=weights, about={**model.about, "priors": unseen})
+
+
 def linear(table: Table, good: BoolArray) -> Linear:
     """Ridge logistic regression, rare n-grams left out and frequent ones held back by their inverse document frequency."""
     mean = table.dense.mean(axis=0).astype(np.float64)
@@ -258,15 +267,6 @@ def judged_of(lines: Sequence[Mapping[str, Any]], sources: Mapping[str, str] | N
     ]
 
 
-@dataclass(slots=True)
-class _Arguments:
-    data: list[str] = field(default_factory=list)
-    out: str = ""
-    bits: int = BITS
-    about: str = ""
-    names: str = ""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 1: too little data."""
     parser = argparse.ArgumentParser(prog="trainer.quality", description=__doc__)
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, default=BITS, help="of the table of hashed n-grams")
     parser.add_argument("--about", default="{}", help="provenance as a JSON object, kept in the file")
     parser.add_argument("--names", default="{}", help='other names of the fields, as {"prompt": "question"}')
-    given = parser.parse_args(arguments, _Arguments())
+    given = parser.parse_args(arguments)
     judged: list[Judged] = []
     for path in given.data:
         rows = judged_of(list(read(Path(path))), json.loads(given.names))

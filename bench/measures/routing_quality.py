@@ -24,12 +24,14 @@ from server.quality.agreement import medoid, normal, vote
 from server.quality.model import COLD_START, cold_start
 from server.quality.report import Report, report, write
 from server.quality.scorer import Observed, score
-from trainer.quality import Fitted, Judged, fit, judged_of, read, with_support
+from trainer.quality import Fitted, Judged, fit, judged_of, read, with_priors, with_support
 
 QUALITY = "EVOUNA cross-fitted by question: AUROC >= 0.70 from one answer, >= 0.82 with the others' agreement; ECE <= 0.05"
 SCORING = "a 1,000-token answer in <= 100 us native, >= 20x the twin; the medoid rejects a flipped number, a vote beats its members"
 FOLDER = SHARED / "data" / "answer_quality_human"
 TOKENS = 1000
+# The judged answers all ended by themselves. An answer that was cut off is worth less; how much less, no label says.
+PRIORS = {"cut": -1.5}
 
 
 def evouna(*, proper: bool = False) -> list[Judged]:
@@ -246,7 +248,7 @@ def main() -> int:
         "content": "weights of a logistic regression; no text of the data",
     }
     fitted = fit([*judged, *instructions], about=about)
-    fitted.model.save(COLD_START)
+    with_priors(fitted.model, PRIORS).save(COLD_START)
     print(json.dumps({"bytes": Path(COLD_START).stat().st_size, "ece": fitted.model.curve.ece}))
     return 0
 
