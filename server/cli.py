@@ -88,6 +88,36 @@ def run(
 
 
 @app.command()
+def ensemble(
+    skill: Annotated[str, typer.Argument(help='A skill, or a task as such, e.g. "text-generation".')],
+    text: Annotated[str, typer.Argument(help="What to work on; without it, standard input.")] = "",
+    member: Annotated[
+        list[str] | None,
+        typer.Option("--member", "-m", help='"local:NAME" or "PROVIDER/MODEL", *N for N samples, =P for its accuracy; repeatable.'),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="consensus, weighted, best_of_n or specialist.")] = "consensus",
+    wave_size: Annotated[int, typer.Option(help="Calls at once; 0: as many as could decide.")] = 0,
+    quorum: Annotated[int, typer.Option(help="Answers that are enough; 0: until more could not change the result.")] = 0,
+    threshold: Annotated[float | None, typer.Option(help="Lowest confidence that is delivered.")] = None,
+    members_only: Annotated[bool, typer.Option("--members-only", help="An error instead of the skill's route.")] = False,
+    max_cost: Annotated[float | None, typer.Option(help="US dollars, all calls together.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Seconds after which what has come decides.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the members' answers.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer; 0: the skill's own.")] = 0,
+    address: Annotated[str, typer.Option(help="Where the server listens, without TLS.")] = "127.0.0.1:50051",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Asks several models of a running server for one answer, and shows what each of them said."""
+    from server.commands.ensemble import EnsembleOptions
+    from server.commands.ensemble import ensemble as ask
+
+    named = {"threshold": threshold, "max_cost_usd": max_cost, "max_latency_s": max_latency, "temperature": temperature}
+    options: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    options |= {"strategy": strategy, "wave_size": wave_size, "quorum": quorum, "members_only": members_only, "max_tokens": max_tokens}
+    raise typer.Exit(ask(EnsembleOptions(skill, text, member or (), address, as_json, options)))
+
+
+@app.command()
 def doctor(config: ConfigOption = None, settings: SetOption = None) -> None:
     """Checks this machine and configuration: kernels, ONNX Runtime, repository, ports. Exit code 1 where something is wrong."""
     from server.commands.doctor import doctor as run

@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from server.core import Call, Decision, FloatArray, Outcome, Task, Timings, Usage
-from server.errors import BudgetExceeded, Cancelled, DeadlineExceeded, InvalidArgument, ProviderUnavailable, UnderstudyError
+from server.errors import (
+    BudgetExceeded,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ProviderUnavailable,
+    UnderstudyError,
+)
 from server.lake.lake import Lake
 from server.lake.schema import INTERACTIONS
 from server.quality.agreement import Agreement, agree, kind_of
@@ -430,9 +438,10 @@ def _error(run: _Run) -> UnderstudyError:
     hops = run.item.outcome.decision.hops
     reasons = "; ".join(dict.fromkeys(f"{hop.candidate}: {hop.reason}" for hop in hops))
     route = f" The skill's route: {run.no_route}" if run.no_route else ""
+    if run.answered and run.asked.members_only:  # to ask again would pay again
+        return FailedPrecondition(f"The members have no result: {reasons}. Lower the threshold, or leave members_only out.")
     if run.answered:
-        mend = "Lower the threshold, or leave members_only out." if run.asked.members_only else "Lower the threshold."
-        return ProviderUnavailable(f"The members have no result, and nobody else has one: {reasons}.{route} {mend}")
+        return ProviderUnavailable(f"The members have no result, and nobody else has one: {reasons}.{route}")
     errors = [shot.error for shot in run.shots if shot.error is not None]
     if errors and all(isinstance(error, BudgetExceeded) for error in errors):
         return errors[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,10 @@ from tests.conftest import StartServer
 from tests.generation_models import NAME
 from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ServerProcess
+from understudy.aio import AsyncClient
+from understudy.client import Client
+from understudy.ensembles import Member
+from understudy.errors import UnderstudyError
 from understudy.v1 import ensemble_service_pb2 as pb
 from understudy.v1 import stats_service_pb2
 from understudy.v1.ensemble_service_pb2_grpc import EnsembleServiceStub
@@ -193,7 +199,7 @@ def test_without_a_majority_the_skills_route_answers_and_asks_nobody_twice(stub:
     assert response.fell_back and response.result.output_text == "44", "the teacher has answered as a member"
     assert vendors.asked() == {"ada": 1, "bob": 1, "eve": 1} and response.result.cost.micro_usd == 3 * CALL_COST
     code, message, _ = refused(stub, *paid("ada", "bob"), membersOnly=True)
-    assert code is grpc.StatusCode.UNAVAILABLE and "members_only" in message
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "members_only" in message
 
 
 def test_weights_outvote_a_majority(stub: EnsembleServiceStub, vendors: Vendors) -> None:
@@ -291,3 +297,35 @@ def test_a_budget_is_never_passed_by_calls_at_once(start_server: StartServer, ve
     assert [one.spent.micro_usd for one in budgets] == [asked * 25] and budgets[0].reserved.micro_usd == 0
     refusals = [one for one in found if isinstance(one, grpc.RpcError)]
     assert any(one.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "budget" in (one.details() or "") for one in refusals)
+
+
+def test_the_client_and_the_command_show_who_said_what(served: ServerProcess, vendors: Vendors) -> None:
+    vendors.says["bob"] = "43"
+    with Client(served.address) as client:
+        found = client.ensemble("sums", QUESTION, ["ada/m", Member("bob/m"), "cyd/m"], quorum=3, user="x")
+        assert found.text == "42" and found.confidence == pytest.approx(2 / 3) and found.answer.cost_usd == 3 * CALL_COST / 1e6
+        assert [one.outcome for one in found.members] == ["chosen", "dissented", "agreed"] and not found.fell_back
+        vendors.fresh()
+        vendors.says |= {name: Reply(500) for name in VENDORS}
+        with pytest.raises(UnderstudyError) as caught:
+            client.ensemble("sums", QUESTION, ["ada/m", "bob/m"], timeout_s=10)
+        assert caught.value.code == "UNAVAILABLE" and vendors.asked() == {"ada": 1, "bob": 1, "eve": 1}, "what may be paid is not repeated"
+    vendors.fresh()
+    vendors.says["bob"] = "43"
+    command = [sys.executable, "-m", "server.cli", "ensemble", "sums", QUESTION, "--address", served.address, "--quorum", "3"]
+    for name in ("ada", "bob", "cyd"):
+        command += ["--member", f"{name}/m"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "42" and "dissented" in done.stdout and "consensus: ada/m, confidence 0.67; 1 wave" in lines[-1]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["members"][1]["text"] == "43"
+    done = subprocess.run([*command, "-m", "bob/m*x"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "MODEL*SAMPLES" in done.stderr
+
+
+async def test_the_asynchronous_client_asks_too(served: ServerProcess, vendors: Vendors) -> None:
+    async with AsyncClient(served.address) as client:
+        found = await client.ensemble("sums", QUESTION, [f"local:{NAME}", "ada/m", "bob/m"], threshold=0.6)
+    assert found.text == "42" and found.strategy == "consensus"

@@ -10,11 +10,13 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 
 import grpc
 
-from understudy import calls, convert, generation
+from understudy import calls, convert, ensembles, generation
 from understudy.adapters import AsyncAdapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
 from understudy.connection import call_metadata, channel_options, with_request_id
+from understudy.ensembles import EnsembleAnswer, EnsembleOptions
+from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
 from understudy.generation import Messages
 from understudy.options import (
@@ -168,6 +170,12 @@ class AsyncClient:
         """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages."""
         return await self._send(calls.run(skill, inputs, dict(options)))
 
+    async def ensemble(
+        self, skill: str, given: convert.RunInput, members: Sequence[str | Member], **options: Unpack[EnsembleOptions]
+    ) -> EnsembleAnswer:
+        """Runs a skill on one input by several members, "local:<model>" or "<provider>/<model>", whose answers become one."""
+        return await self._send(ensembles.run(skill, given, members, dict(options)))
+
     async def feedback(
         self,
         interaction_id: str,
@@ -199,7 +207,7 @@ class AsyncClient:
                 error: UnderstudyError = from_rpc_error(raised)
             else:
                 return prepared.read(data)
-            delay = self._retry.delay(error, attempt, end - time.monotonic())
+            delay = None if prepared.final(error) else self._retry.delay(error, attempt, end - time.monotonic())
             if delay is None:
                 raise error
             await asyncio.sleep(delay)
@@ -263,4 +271,4 @@ class AsyncSkills:
         return await self._client._send(calls.get_skill(name, dict(options)))
 
 
-__all__ = ["AsyncClient", "RetryPolicy", "Tls"]
+__all__ = ["AsyncClient", "Member", "RetryPolicy", "Tls"]

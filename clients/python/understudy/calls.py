@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from understudy import convert
+from understudy.errors import UnderstudyError
 from understudy.results import (
     Answer,
     Classification,
@@ -69,13 +70,21 @@ _THUMBS = {
 
 @dataclass(frozen=True, slots=True)
 class Prepared(Generic[T]):
-    """A call that is ready to be sent: `method` is the path, `read` makes the result of the response's bytes."""
+    """A call that is ready to be sent: `method` is the path, `read` makes the result of the response's bytes.
+
+    `paid`: providers may have been paid where none of them could answer, so that this is not sent again.
+    """
 
     method: str
     request: bytes
     read: Callable[[bytes], T]
     timeout_s: float | None = None
     request_id: str = ""
+    paid: bool = False
+
+    def final(self, error: UnderstudyError) -> bool:
+        """Whether an error is not to be tried away."""
+        return self.paid and error.reason == "PROVIDER_UNAVAILABLE"
 
 
 def _prepare(service: str, method: str, request: Message, read: Callable[[bytes], T], call: Mapping[str, Any]) -> Prepared[T]:

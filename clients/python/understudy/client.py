@@ -10,11 +10,13 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 
 import grpc
 
-from understudy import calls, convert, generation
+from understudy import calls, convert, ensembles, generation
 from understudy.adapters import Adapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
 from understudy.connection import call_metadata, channel_options, with_request_id
+from understudy.ensembles import EnsembleAnswer, EnsembleOptions
+from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
 from understudy.generation import Messages
 from understudy.options import (
@@ -170,6 +172,12 @@ class Client:
         """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages."""
         return self._send(calls.run(skill, inputs, dict(options)))
 
+    def ensemble(
+        self, skill: str, given: convert.RunInput, members: Sequence[str | Member], **options: Unpack[EnsembleOptions]
+    ) -> EnsembleAnswer:
+        """Runs a skill on one input by several members, "local:<model>" or "<provider>/<model>", whose answers become one."""
+        return self._send(ensembles.run(skill, given, members, dict(options)))
+
     def feedback(
         self,
         interaction_id: str,
@@ -201,7 +209,7 @@ class Client:
                 error: UnderstudyError = from_rpc_error(raised)
             else:
                 return prepared.read(data)
-            delay = self._retry.delay(error, attempt, end - time.monotonic())
+            delay = None if prepared.final(error) else self._retry.delay(error, attempt, end - time.monotonic())
             if delay is None or self._closed.wait(delay):
                 raise error
 
@@ -262,4 +270,4 @@ class Skills:
         return self._client._send(calls.get_skill(name, dict(options)))
 
 
-__all__ = ["Client", "RetryPolicy", "Tls"]
+__all__ = ["Client", "Member", "RetryPolicy", "Tls"]

@@ -138,27 +138,28 @@ def answers(data: bytes) -> Results[tuple[Answer, ...]]:
 def run_answers(data: bytes) -> Results[RunAnswer]:
     """RunResponse."""
     response = pb.RunResponse.FromString(data)
-
-    def read(it: Any) -> RunAnswer:
-        decision = it.decision
-        return RunAnswer(
-            text=it.output_text,
-            labels=_labels(it.labels),
-            skill=decision.skill,
-            candidate=decision.candidate,
-            local=decision.local,
-            hops=tuple(
-                Hop(hop.candidate, hop.outcome, hop.reason, _optional(hop, "quality"), hop.cost.micro_usd / 1e6) for hop in decision.hops
-            ),
-            rollout_stage=decision.rollout_stage,
-            quality=_optional(it, "quality"),
-            cost_usd=it.cost.micro_usd / 1e6,
-            usage=_usage(it.usage),
-            interaction_id=it.interaction_id,
-        )
-
-    found = [_item(one, read) for one in response.results]
+    found = [_item(one, run_answer) for one in response.results]
     return Results(found, usage=_usage(response.usage), timings=_timings(response.timings))
+
+
+def run_answer(message: Any) -> RunAnswer:
+    """RunResult."""
+    decision = message.decision
+    return RunAnswer(
+        text=message.output_text,
+        labels=_labels(message.labels),
+        skill=decision.skill,
+        candidate=decision.candidate,
+        local=decision.local,
+        hops=tuple(
+            Hop(hop.candidate, hop.outcome, hop.reason, _optional(hop, "quality"), hop.cost.micro_usd / 1e6) for hop in decision.hops
+        ),
+        rollout_stage=decision.rollout_stage,
+        quality=_optional(message, "quality"),
+        cost_usd=message.cost.micro_usd / 1e6,
+        usage=_usage(message.usage),
+        interaction_id=message.interaction_id,
+    )
 
 
 def run_input(value: RunInput) -> items.RunInput:
