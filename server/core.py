@@ -246,13 +246,18 @@ class Hop:
 
 @dataclass(slots=True, frozen=True)
 class Detected:
-    """What a request in plain words was taken for; `task` is empty where none was near enough, `candidates` came near, best first."""
+    """What a request in plain words was taken for; `task` is empty where none was near enough, `candidates` came near, best first.
+
+    `instruction` is the part of the words that decided, `content` what they are about ("" where they do not hold it).
+    """
 
     task: str
     score: float = 0.0
     phrase: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[str, ...] = ()
+    instruction: str = ""
+    content: str = ""
 
 
 @dataclass(slots=True)

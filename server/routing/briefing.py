@@ -68,7 +68,7 @@ async def brief_of(ask: Ask, skills: SkillBook, detector: Detector | None, call:
         found = tuple(part.strip() for part in parameters.pop("labels", "").split(",") if part.strip())
         labels = labels or found
         if not works:
-            instruction, works = _split(ask.instruction, skill.task)
+            instruction, works = _split(ask.instruction, detected)
     brief = Brief(_asked(skill, ask), labels, parameters, instruction, ask.tools)
     refused: dict[int, UnderstudyError] = {}
     for index, work in enumerate(works):
@@ -125,11 +125,8 @@ async def _detect(ask: Ask, detector: Detector | None, call: Call) -> Detected:
     return detected
 
 
-def _split(instruction: str, task: str) -> tuple[str, list[Work]]:
-    """An instruction that carries its text behind a colon or on later lines; whole where it carries none."""
-    if task == "text-generation":
+def _split(instruction: str, detected: Detected) -> tuple[str, list[Work]]:
+    """What is to be done, and the text that came with it; a wish for text, and words without content, are the input themselves."""
+    if detected.task == "text-generation" or not detected.content:
         return "", [Work(instruction)]
-    first, mark, rest = instruction.partition("\n") if "\n" in instruction.strip() else instruction.partition(":")
-    if mark and rest.strip():
-        return first.strip().rstrip(":"), [Work(rest.strip())]
-    return "", [Work(instruction)]
+    return detected.instruction, [Work(detected.content)]

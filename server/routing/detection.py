@@ -1,19 +1,42 @@
-"""Finds the task of plain words; see task_detection."""
+"""The task of plain words, as routing wants it: by the embedder that serves at the moment."""
+
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from server.core import Call, Detected
+from server.routing.task_detection import TaskDetector
+from server.routing.task_parameters import TaskParameters
 from server.runtime.runtime import Runtime
 
 
 class Detection:
-    """placeholder until the detector lands"""
+    """See server.routing.briefing.Detector. `embedder` names the model; it raises where there is none, or several."""
 
     def __init__(self, runtime: Runtime, embedder: Callable[[], str]) -> None:
         self._runtime = runtime
         self._embedder = embedder
+        self._detector: TaskDetector | None = None
 
     async def detect(self, text: str, call: Call) -> Detected:
-        """Nothing."""
-        return Detected("")
+        """Raises as `TaskDetector.detect` does, and ModelNotLoaded or InvalidArgument where no embedder can be told."""
+        name = self._embedder()
+        if self._detector is None or self._detector.model != name:
+            self._detector = TaskDetector(self._runtime, name)
+        found = await self._detector.detect(text, call)
+        return Detected(
+            found.task or "",
+            found.score,
+            found.phrase,
+            _named(found.parameters),
+            tuple(candidate.task for candidate in found.candidates),
+            found.instruction,
+            found.content,
+        )
+
+
+def _named(parameters: TaskParameters) -> dict[str, str]:
+    """Parameters as RunRequest names them; those that were not said are left out."""
+    found = {name: value for name, value in dataclasses.asdict(parameters).items() if value}
+    return {name: ", ".join(value) if isinstance(value, tuple) else str(value) for name, value in found.items()}
