@@ -203,7 +203,7 @@ class Preference(StrEnum):
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """What a caller allows: cost of one item in 1e-6 US dollars, expected latency of a candidate in seconds; None: no limit of the caller's."""
+    """What a caller allows: cost of one item in 1e-6 US dollars, expected latency of a candidate in seconds; None: no limit."""
 
     preference: Preference | None = None  # None: the skill's own
     max_cost_micro_usd: int | None = None
@@ -220,7 +220,7 @@ class Work:
 
     @property
     def kind(self) -> str:
-        """ "text", "pair" or "chat"."""
+        """One of "text", "pair", "chat"."""
         return "chat" if self.messages else "text" if self.text_pair is None else "pair"
 
     @property

@@ -16,7 +16,8 @@ INTERACTIONS = "interactions"
 FEEDBACK = "feedback"
 TABLES = (INTERACTIONS, FEEDBACK)
 
-# `hops`, `parameters`, `detection`, `tool_calls`, and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars, latencies milliseconds.
+# `hops`, `parameters`, `detection`, `tool_calls`, and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars,
+# latencies milliseconds.
 _COLUMNS: dict[str, dict[str, str]] = {
     INTERACTIONS: {
         "interaction_id": "string",
