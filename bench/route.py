@@ -21,6 +21,8 @@ _MEASURES = {
     "scoring": ("routing_quality", "scoring"),
     "overhead": ("routing_overhead", "overhead"),
     "budget": ("routing_budget", "budget"),
+    "faults": ("routing_faults", "faults"),
+    "secrets": ("routing_faults", "secrets"),
     "reservation": ("routing_budget", "reservation"),
     "ensembles": ("routing_ensembles", "ensembles"),
 }
