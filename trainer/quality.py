@@ -28,15 +28,17 @@ from server.errors import TooLittleData
 from server.quality.agreement import support
 from server.quality.calibration import MIN_ROWS, BoolArray
 from server.quality.curve import fit_calibration, parts_of
-from server.quality.model import HELD, QualityModel
+from server.quality.model import GATES, QualityModel, standardised
 from server.quality.scorer import Observed, measured, names
 
 FOLDS = 5
 BITS = 15
 _ITERATIONS = 80
-# Penalties: rows * log loss + |w|^2 / 2 over standardised features times DENSE and n-grams times INVERSE DOCUMENT FREQUENCY, times C.
+# The loss is _STRENGTH * log loss + |w|^2 / 2 over standardised features times _DENSE, embeddings times _VECTORS, and n-grams times their
+# inverse document frequency; found on EVOUNA by cross-fitting.
 _STRENGTH = 0.3
 _DENSE = 0.15
+_VECTORS = 0.7  # of embeddings of length 1
 _RAREST = 3  # n-grams of fewer rows are noise
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -66,15 +68,18 @@ class Fitted:
 
 @dataclass(slots=True, frozen=True)
 class Table:
-    """Rows as the fit sees them. `dense` float32[n, features], `bag` a sparse [n, 2^bits], `agreement` float64[n] with NaN."""
+    """Rows as the fit sees them. `dense` float32[n, features], `bag` a sparse [n, 2^bits], `vectors` float32[n, 2 * H] (H = 0 unless all
+    rows have them), `agreement` float64[n] with NaN.
+    """
 
     dense: FloatArray
     bag: Any
+    vectors: FloatArray
     agreement: Float64
 
     def take(self, rows: npt.NDArray[Any]) -> Table:
         """Some of the rows."""
-        return Table(self.dense[rows], self.bag[rows], self.agreement[rows])
+        return Table(self.dense[rows], self.bag[rows], self.vectors[rows], self.agreement[rows])
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,11 +91,13 @@ class Linear:
     weights: Float64
     bias: float
     hashed: FloatArray
+    embedded: FloatArray
 
     def scores(self, table: Table) -> Float64:
         """float64[n]"""
-        held = np.clip((table.dense - self.mean) * self.inverse, -HELD, HELD)
-        return np.asarray(held @ self.weights + table.bag @ self.hashed.astype(np.float64) + self.bias)
+        held = standardised(table.dense, self.mean, self.inverse)
+        vectors = (table.vectors - self.embedded[0]) @ self.embedded[1]
+        return np.asarray(held @ self.weights + table.bag @ self.hashed.astype(np.float64) + vectors + self.bias)
 
 
 def tabulate(rows: Sequence[Observed], bits: int = BITS) -> Table:
@@ -109,7 +116,9 @@ def tabulate(rows: Sequence[Observed], bits: int = BITS) -> Table:
     bag = csr_matrix((np.concatenate(values), np.concatenate(places), starts), shape=(len(rows), 1 << bits), dtype=np.float32)
     bag.sum_duplicates()
     given = np.array([np.nan if o.agreement is None else o.agreement for o in rows], np.float64)
-    return Table(dense, bag, given)
+    vectors = [o.vectors for o in rows if o.vectors is not None]
+    stacked = np.stack(vectors).astype(np.float32) if len(vectors) == len(rows) else np.zeros((len(rows), 0), np.float32)
+    return Table(dense, bag, stacked, given)
 
 
 def fit(
@@ -166,17 +175,23 @@ def with_priors(model: QualityModel, priors: Mapping[str, float]) -> QualityMode
 
 def linear(table: Table, good: BoolArray) -> Linear:
     """Ridge logistic regression, rare n-grams left out and frequent ones held back by their inverse document frequency."""
-    mean = table.dense.mean(axis=0).astype(np.float64)
-    spread = table.dense.std(axis=0).astype(np.float64)
+    present = np.where(GATES >= 0, table.dense[:, GATES], 1.0)  # means and spreads of what was measured
+    rows = np.maximum(present.sum(axis=0), 1)
+    mean = (table.dense * present).sum(axis=0) / rows
+    spread = np.sqrt(((table.dense - mean) ** 2 * present).sum(axis=0) / rows)
     inverse = np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 0.0)
-    dense = (np.clip((table.dense - mean) * inverse, -HELD, HELD) * _DENSE).astype(np.float32)
+    centre = table.vectors.mean(axis=0)
+    held = standardised(table.dense, mean, inverse)
+    dense = np.hstack([held * _DENSE, (table.vectors - centre) * _VECTORS]).astype(np.float32)
     counts = np.bincount(table.bag.indices, minlength=table.bag.shape[1])
     rarity = np.where(counts >= _RAREST, np.log((1 + len(good)) / (1 + counts)), 0.0)
     usual = np.sqrt(np.mean(rarity[counts >= _RAREST] ** 2)) if (counts >= _RAREST).any() else 1.0
     scale = (rarity / max(usual, 1e-6)).astype(np.float32)
     found = _minimise(dense, table.bag.multiply(scale).tocsr(), good.astype(np.float32))
-    size = dense.shape[1]
-    return Linear(mean, inverse, found[:size] * _DENSE, float(found[-1]), (found[size:-1] * scale).astype(np.float32))
+    size, whole = held.shape[1], dense.shape[1]
+    embedded = np.stack([centre, found[size:whole] * _VECTORS]).astype(np.float32)
+    hashed = (found[whole:-1] * scale).astype(np.float32)
+    return Linear(mean, inverse, found[:size] * _DENSE, float(found[-1]), hashed, embedded)
 
 
 def _minimise(dense: FloatArray, bag: Any, good: FloatArray) -> Float64:

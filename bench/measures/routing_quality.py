@@ -1,13 +1,15 @@
 """Bars `quality` and `scoring`: a quality model cross-fitted on human judgements (EVOUNA), and what scoring one answer costs.
 
-EVOUNA's rows are a question, one system's answer and a human's verdict. Answers to one question stay in one part; neither the reference
-answer nor the system's name is shown to the model.
+EVOUNA's rows are a question, one system's answer and a human's verdict. Answers to one question stay in one part. The model sees question
+and answer: native features, hashed n-grams, the starter's embeddings of both. It never sees the reference answer; the answering system is
+unknown to it but in the report that says so, which adds that system's share of acceptable answers in the other parts.
 
 `python -m bench.measures.routing_quality cold-start` fits the model that the server ships on the same judgements and Tulu's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -21,23 +23,52 @@ import numpy as np
 
 from bench.harness import BUILD, ROOT, SHARED, STARTER, Row, median, part, row_of, short_texts
 from server.quality.agreement import medoid, normal, vote
+from server.quality.curve import parts_of
 from server.quality.model import COLD_START, cold_start
 from server.quality.report import Report, report, write
 from server.quality.scorer import Observed, score
-from trainer.quality import Fitted, Judged, fit, judged_of, read, with_priors, with_support
+from trainer.quality import FOLDS, Fitted, Judged, fit, judged_of, read, with_priors, with_support
 
 QUALITY = "EVOUNA cross-fitted by question: AUROC >= 0.70 from one answer, >= 0.82 with the others' agreement; ECE <= 0.05"
 SCORING = "a 1,000-token answer in <= 100 us native, >= 20x the twin; the medoid rejects a flipped number, a vote beats its members"
 FOLDER = SHARED / "data" / "answer_quality_human"
 TOKENS = 1000
+MOST = 800  # characters of a text that are embedded
+BITS = 18
 # The judged answers all ended by themselves. An answer that was cut off is worth less; how much less, no label says.
 PRIORS = {"cut": -1.5}
 
 
-def evouna(*, proper: bool = False) -> list[Judged]:
-    """EVOUNA's judged answers, in the file's order; `proper`: without the questions that its authors mark as bad."""
-    lines = [line for line in read(FOLDER / "evouna_qa_human.jsonl.gz") if not (proper and line["improper"])]
-    return judged_of(lines, {"prompt": "question", "acceptable": "correct"})
+def evouna() -> tuple[list[Judged], list[str]]:
+    """EVOUNA's judged answers in the file's order, and for each the system that gave it with the set that its question is of."""
+    lines = list(read(FOLDER / "evouna_qa_human.jsonl.gz"))
+    return judged_of(lines, {"prompt": "question", "acceptable": "correct"}), [f"{line['set']} {line['model']}" for line in lines]
+
+
+def with_vectors(judged: list[Judged]) -> list[Judged]:
+    """Each with the starter model's embeddings of prompt and answer, kept under build/bench between runs."""
+    texts = sorted({text.strip()[:MOST] or "." for j in judged for text in (j.observed.prompt, j.observed.answer)})
+    kept = BUILD / "quality" / f"vectors-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:16]}.npy"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.save(kept, _embed(texts).astype(np.float16))
+    vectors, place = np.load(kept).astype(np.float32), {text: i for i, text in enumerate(texts)}
+    out = []
+    for j in judged:
+        pair = [vectors[place[text.strip()[:MOST] or "."]] for text in (j.observed.prompt, j.observed.answer)]
+        out.append(replace(j, observed=replace(j.observed, vectors=np.concatenate(pair))))
+    return out
+
+
+def with_record(judged: list[Judged], systems: list[str]) -> list[Judged]:
+    """Each with the share of acceptable ones among the answers of its system to questions of the other parts of the cross-fitting."""
+    part_of = parts_of(np.array([j.group for j in judged]), FOLDS, 0)
+    good, names = np.array([j.acceptable for j in judged]), np.array(systems)
+    records = np.zeros(len(judged))
+    for name in sorted(set(systems)):
+        for held in range(FOLDS):
+            records[(names == name) & (part_of == held)] = good[(names == name) & (part_of != held)].mean()
+    return [replace(j, observed=replace(j.observed, record=r)) for j, r in zip(judged, records.tolist(), strict=True)]
 
 
 def tulu() -> list[Judged]:
@@ -53,11 +84,14 @@ def tulu() -> list[Judged]:
 
 def quality() -> Row:
     """Cross-fits on EVOUNA and, for report, on Tulu; writes the reports with their plots under build/bench/quality."""
-    judged = with_support(evouna())
-    fitted = fit(judged)
-    reports = _reports("EVOUNA", judged, fitted)
-    others = tulu()
-    reports += _reports("Tulu 1", others, fit(others))
+    judged, systems = evouna()
+    judged = with_vectors(with_support(judged))
+    reports = _reports("EVOUNA", judged, fit(judged, bits=BITS))
+    known = with_record(judged, systems)
+    reports += _reports("EVOUNA and the record of who answered", known, fit(known, bits=BITS))
+    reports += _reports("EVOUNA by the text alone", judged, _plain(judged))
+    instructions = tulu()
+    reports += _reports("Tulu 1", instructions, fit(instructions))
     folder = BUILD / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     write(reports, folder)
@@ -68,8 +102,13 @@ def quality() -> Row:
         part("ECE, one answer alone", "<= 0.05", round(alone.ece, 4), alone.ece <= 0.05),
         part("ECE, with the others' agreement", "<= 0.05", round(agreed.ece, 4), agreed.ece <= 0.05),
     ]
-    parts += [_auroc(f"AUROC, {one.name}, for report", 0.0, one) for one in reports[2:]]
+    parts += [_auroc(f"AUROC for report: {one.name}", 0.0, one) for one in reports[2:]]
     return row_of("quality", QUALITY, parts)
+
+
+def _plain(judged: list[Judged]) -> Fitted:
+    """Without embeddings: what the shipped model has."""
+    return fit([replace(j, observed=replace(j.observed, vectors=None)) for j in judged])
 
 
 def _reports(name: str, judged: list[Judged], fitted: Fitted) -> list[Report]:
@@ -231,7 +270,7 @@ def _embed(texts: list[str]) -> Any:
 
 def main() -> int:
     """Writes server/quality/cold_start.json."""
-    judged = with_support(evouna())
+    judged = with_support(evouna()[0])
     shift = 1 + max(j.group for j in judged)
     instructions = [replace(j, group=j.group + shift) for j in tulu()]
     about = {

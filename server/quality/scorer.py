@@ -1,14 +1,16 @@
 """The quality of an answer: features -> score -> calibrated probability, and what a second try can be told about it.
 
-The score is linear: a bias, weights on the native features and on what only the server knows (validity, similarity to the prompt), and
-hashed n-grams of prompt and answer. Where other answers to the same prompt are known, a second linear step adds their agreement. Each of
-the two steps has a curve of its own from score to probability.
+The score is linear: a bias, weights on the native features and on what only the server knows (validity, similarity to the prompt, the
+record of whoever answered), hashed n-grams of prompt and answer, and their embeddings where the model was fitted with them. Where other
+answers to the same prompt are known, a second linear step adds their agreement. Each of the two steps has a curve of its own from score
+to probability.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from math import log
 
 import numpy as np
 
@@ -33,7 +35,8 @@ class Observed:
 
     `logprobs`, `entropies`, `margins`: float32[n] from the decoder, or None. `valid`: whether it passed its skill's validator (JSON
     schema, labels), None without one; `reason` says why it did not. `agreement` in [0, 1]: the support of other answers to the same
-    prompt (`agreement.support`, or the share of a vote), None where there are none. `similarity`: the cosine of prompt and answer.
+    prompt (`agreement.support`, or the share of a vote), None where there are none. `vectors`: the embeddings of prompt and answer, one
+    after the other, float32[2 * H]. `record`: the share of acceptable ones among the earlier answers of whoever gave this one.
     """
 
     prompt: str
@@ -46,7 +49,8 @@ class Observed:
     valid: bool | None = None
     reason: str = ""
     agreement: float | None = None
-    similarity: float | None = None
+    vectors: FloatArray | None = None
+    record: float | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,11 +74,15 @@ def measured(observed: Observed, pair: Pair | None = None) -> FloatArray:
     """float32[len(names())] of an answer; `pair` saves reading it again."""
     read = pair or Pair(observed.prompt, observed.answer)
     finish = UNKNOWN_FINISH if observed.finish is None else _FINISH[observed.finish]
+    similarity = 0.0 if observed.vectors is None else _cosine(observed.vectors)
+    record = 0.5 if observed.record is None else min(max(observed.record, 0.02), 0.98)
     extras = (
         float(observed.valid is not None),
         float(observed.valid is True),
-        float(observed.similarity is not None),
-        observed.similarity or 0.0,
+        float(observed.vectors is not None),
+        similarity,
+        float(observed.record is not None),
+        log(record / (1 - record)),
     )
     text = read.features(_row(observed.logprobs), _row(observed.entropies), _row(observed.margins), finish)
     return np.concatenate([text, np.nan_to_num(np.asarray(extras, np.float32))])
@@ -94,13 +102,15 @@ def score(model: QualityModel, observed: Observed, curve: Curve | None = None) -
     calibrated = curve is not None or model.calibrated
     if observed.valid is False or not observed.answer.strip():
         return Quality(INVALID, calibrated, features, found)
-    return Quality(model.quality(features, pair, observed.agreement, curve), calibrated, features, found)
+    reached = model.raw(features, pair, observed.agreement, observed.vectors)
+    value = model.quality(reached, observed.agreement) if curve is None else float(curve.quality(reached))
+    return Quality(value, calibrated, features, found)
 
 
 def raw(model: QualityModel, observed: Observed) -> float:
     """The score before any curve: what a skill's own calibration is fitted on."""
     pair = Pair(observed.prompt, observed.answer)
-    return model.raw(measured(observed, pair), pair, observed.agreement)
+    return model.raw(measured(observed, pair), pair, observed.agreement, observed.vectors)
 
 
 def findings(observed: Observed, features: FloatArray) -> tuple[str, ...]:
@@ -147,3 +157,8 @@ def novel_numbers(prompt: str, answer: str) -> list[str]:
 
 def _row(values: FloatArray | None) -> FloatArray | None:
     return None if values is None else np.ascontiguousarray(values, np.float32)
+
+
+def _cosine(vectors: FloatArray) -> float:
+    first, second = np.split(vectors.astype(np.float64), 2)
+    return float(first @ second / max(float(np.linalg.norm(first) * np.linalg.norm(second)), 1e-9))
