@@ -23,10 +23,10 @@ from server.errors import (
 )
 from server.lake.lake import Lake
 from server.lake.schema import INTERACTIONS
-from server.quality.agreement import Agreement, agree, kind_of
+from server.quality.agreement import Agreement, agree, kind_of, support
 from server.routing import ensemble_strategies as strategies
 from server.routing.briefing import Ask, Briefed, Detector, brief_of
-from server.routing.candidates import Failure
+from server.routing.candidates import Brief, Failure
 from server.routing.cascade import Judge
 from server.routing.ensemble_calls import Calls, Purse, Shot
 from server.routing.ensemble_fallback import fall_back
@@ -112,7 +112,7 @@ class Ensembles:
         self._routes = Routes(parts)
         self._lake = lake
         self._judge = judge
-        self._texts = TextVectors(parts.runtime, embedder)
+        self.texts = TextVectors(parts.runtime, embedder)
         self._detector = detector
         self._observer = observer
         self._chance = chance
@@ -172,7 +172,7 @@ class Ensembles:
             preference=limits.preference or skill.preference,
             detected=briefed.detected,
         )
-        shots = self._shots(asked.strategy, members, decision)
+        shots = self._shots(asked.strategy, members, brief, decision)
         max_cost = limits.max_cost_micro_usd if limits.max_cost_micro_usd is not None else skill.max_cost_micro_usd
         return _Run(
             asked,
@@ -186,7 +186,7 @@ class Ensembles:
             _until(asked, call),
         )
 
-    def _shots(self, strategy: Strategy, members: Sequence[Member], decision: Decision) -> list[Shot]:
+    def _shots(self, strategy: Strategy, members: Sequence[Member], brief: Brief, decision: Decision) -> list[Shot]:
         """The calls in the order of asking."""
         skill = decision.skill
         posteriors = [self.wins.posterior(skill, one.candidate.name, one.asked.accuracy, one.asked.observations) for one in members]
@@ -196,12 +196,16 @@ class Ensembles:
             decision.propensity = probabilities[first]
             order = sorted(range(len(members)), key=lambda i: (i != first, -posteriors[i].mean))
             return [Shot(Slot(i, 0, members[i].candidate.local, posteriors[i].mean), members[i]) for i in order]
-        slots = []
-        for i, one in enumerate(members):
-            weight = 1.0
-            if strategy is Strategy.WEIGHTED:
-                weight = strategies.log_odds(posteriors[i].mean if one.asked.accuracy is None else one.asked.accuracy)
-            slots += [Slot(i, sample, one.worst_cost_micro_usd == 0, weight) for sample in range(one.asked.samples)]
+        weights = [1.0] * len(members)
+        if strategy is Strategy.WEIGHTED:
+            stated = [one.asked.accuracy for one in members]
+            accuracies = [known.mean if p is None else p for p, known in zip(stated, posteriors, strict=True)]
+            weights = strategies.weights_of(accuracies, len(brief.labels) or strategies.OPEN_CHOICES)
+        slots = [
+            Slot(i, sample, one.worst_cost_micro_usd == 0, weights[i])
+            for i, one in enumerate(members)
+            for sample in range(one.asked.samples)
+        ]
         return [Shot(slot, members[slot.member]) for slot in strategies.ordered(slots)]
 
     async def _ask(self, run: _Run, calling: Calls) -> str:
@@ -238,6 +242,8 @@ class Ensembles:
         running, answered = calling.running, run.answered
         left = tuple(shot.slot.weight for shot in (*running, *unasked))
         if not run.rule.strategy.votes:
+            if run.rule.strategy is Strategy.BEST_OF_N and not running:
+                self._weigh(run, answered)
             known = [quality for shot in answered if (quality := _good(shot, run.rule.strategy)) is not None]
             return Standing(len(answered), left, len(running), confidence=max(known, default=None))
         if not answered:
@@ -248,12 +254,23 @@ class Ensembles:
         share, margin = run.agreement.share, run.agreement.margin
         return Standing(len(answered), left, len(running), total, share * total, margin * total, share, closed)
 
+    def _weigh(self, run: _Run, answered: Sequence[Shot]) -> None:
+        """Looks at answers again with what the others say of them, which tells more of a quality than one answer alone."""
+        texts = [comparable(shot) for shot in answered]
+        if len(texts) < 2:
+            return
+        for shot, agreed in zip(answered, support(run.item.work.plain, texts).tolist(), strict=True):
+            assert shot.answer is not None
+            if shot.answer.signals.agreement != agreed:
+                signals = replace(shot.answer.signals, agreement=agreed)
+                shot.answer = self._judge.look(run.briefed.brief, run.item, replace(shot.answer, signals=signals))
+
     async def _compare(self, run: _Run, answered: Sequence[Shot]) -> bool:
         """Finds what the answers say together; whether they could be counted as votes."""
         said = [comparable(shot) for shot in answered]
         vectors = None
         if not run.briefed.brief.skill.classifies and any(kind_of(text) == "text" for text in said):
-            vectors = await self._texts.of(said, run.vectors, run.call)
+            vectors = await self.texts.of(said, run.vectors, run.call)
         accuracies = None
         if run.rule.strategy is Strategy.WEIGHTED:
             accuracies = [strategies.accuracy_of(shot.slot.weight) for shot in answered]
@@ -269,6 +286,8 @@ class Ensembles:
             return None
         if rule.strategy.votes:
             return await self._voted(run, answered)
+        if rule.strategy is Strategy.BEST_OF_N:
+            self._weigh(run, answered)
         chosen = answered[-1] if rule.strategy is Strategy.SPECIALIST else await self._best(run, answered)
         for shot in answered:  # a quality that nobody measured on this skill is no observation
             if shot.answer is not None and shot.answer.quality is not None and not shot.answer.basis:
@@ -307,9 +326,7 @@ class Ensembles:
             shot.outcome, shot.reason = ("dissented", dissent[index]) if index in dissent else ("agreed", "")
             if len(answered) > 1:
                 self.wins.count(run.item.outcome.decision.skill, shot.name, index not in dissent)
-        assert chosen.answer is not None
-        signals = replace(chosen.answer.signals, agreement=agreement.share)
-        chosen.answer = self._judge.look(run.briefed.brief, run.item, replace(chosen.answer, signals=signals))
+        self._weigh(run, answered)
         return chosen
 
     def _tell(self, run: _Run, chosen: Shot | None) -> None:

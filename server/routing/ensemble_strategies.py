@@ -12,7 +12,8 @@ from enum import StrEnum
 
 import numpy as np
 
-LOW, HIGH = 0.51, 0.99  # accuracies are held within: no member is worth nothing, none is beyond appeal
+LOW, HIGH = 0.51, 0.99  # weights are held within those of such accuracies: no member is worth nothing, none is beyond appeal
+OPEN_CHOICES = 10  # between how many answers members are taken to choose where nobody lists them: many could be given, few are tempting
 VOTE_THRESHOLD, TEXT_THRESHOLD = 0.5, 0.6
 # What is assumed of a member that nobody has counted: whoever lists it thinks that it is right more often than not.
 ASSUMED = (2.0, 1.0)
@@ -98,14 +99,20 @@ class Beta:
         return self.wins / (self.wins + self.losses)
 
 
-def log_odds(accuracy: float) -> float:
-    """What a vote counts of somebody who is right so often: log(p / (1 - p)) (Nitzan and Paroush 1982), for p held in [0.51, 0.99]."""
-    held = min(max(accuracy, LOW), HIGH)
-    return math.log(held / (1.0 - held))
+def weights_of(accuracies: Sequence[float], choices: int = OPEN_CHOICES) -> list[float]:
+    """What each member's answer counts, for members that are right so often: log((k - 1) p / (1 - p)).
+
+    The likeliest answer of independent members whose wrong answers are spread over the k - 1 other ones has the highest sum of these; for
+    two choices they are Nitzan and Paroush's (1982) log(p / (1 - p)). Scaled down together where one of them is beyond `HIGH`'s.
+    """
+    odds = [math.log((choices - 1) * held / (1.0 - held)) for held in (min(max(p, 0.01), 0.99) for p in accuracies)]
+    least, most = (math.log(bound / (1.0 - bound)) for bound in (LOW, HIGH))
+    scale = min(1.0, most / max(odds)) if max(odds) > 0.0 else 1.0
+    return [max(one * scale, least) for one in odds]
 
 
 def accuracy_of(weight: float) -> float:
-    """The accuracy that `log_odds` turned into a weight."""
+    """The accuracy whose log(p / (1 - p)) is a weight, for votes that take accuracies."""
     return 1.0 / (1.0 + math.exp(-weight))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -204,9 +205,10 @@ def test_without_a_majority_the_skills_route_answers_and_asks_nobody_twice(stub:
 
 def test_weights_outvote_a_majority(stub: EnsembleServiceStub, vendors: Vendors) -> None:
     vendors.says |= {"bob": "43", "cyd": "43"}
-    members = [{"model": "ada/m", "accuracy": 0.95}, {"model": "bob/m", "accuracy": 0.6}, {"model": "cyd/m", "accuracy": 0.6}]
+    members: list[dict[str, Any]] = [{"model": "ada/m", "accuracy": 0.9}, {"model": "bob/m", "accuracy": 0.3}]
+    members.append({"model": "cyd/m", "accuracy": 0.3})
     response = run(stub, *members, strategy="ENSEMBLE_STRATEGY_WEIGHTED")
-    assert response.result.output_text == "42" and response.answers[0].weight == pytest.approx(2.944, abs=1e-3)
+    assert response.result.output_text == "42" and response.answers[0].weight == pytest.approx(math.log(9 * 9), abs=1e-3)
     assert run(stub, *members, strategy="ENSEMBLE_STRATEGY_CONSENSUS").result.output_text == "43"
 
 

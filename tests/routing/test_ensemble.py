@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,12 +32,12 @@ from server.routing.ensemble_strategies import (
     best_probabilities,
     draw,
     fewest,
-    log_odds,
     next_wave,
     ordered,
     rule_of,
     settled,
     verdict,
+    weights_of,
 )
 from server.routing.items import Item
 from server.routing.pace import Paces
@@ -90,11 +92,27 @@ def test_the_first_wave_is_a_majority_and_later_ones_are_what_could_decide() -> 
 
 
 def test_heavier_members_settle_a_vote_with_fewer() -> None:
-    weights = tuple(log_odds(p) for p in (0.95, 0.7, 0.6, 0.6))
-    assert fewest(Standing(0, weights), 0.5) == 1
+    assert fewest(Standing(0, tuple(weights_of((0.95, 0.7, 0.6, 0.6), choices=2))), 0.5) == 1
+    assert fewest(Standing(0, tuple(weights_of((0.95, 0.7, 0.6, 0.6), choices=10))), 0.5) == 2
     assert fewest(Standing(0, (1.0, 1.0, 1.0, 1.0)), 0.5) == 3
     assert fewest(Standing(0, (1.0, 1.0)), 0.5) == 2 and fewest(Standing(0, ()), 0.5) == 0
-    assert log_odds(0.5) == log_odds(0.51) > 0 and log_odds(1.0) == log_odds(0.99)
+
+
+def test_weights_are_the_likelihoods_of_independent_members() -> None:
+    """By enumeration: of members whose wrong answers are spread evenly over two others, the heaviest answer is the likeliest one."""
+    accuracies, choices = (0.9, 0.6, 0.45, 0.4), 3
+    weights = weights_of(accuracies, choices)
+    for said in itertools.product(range(choices), repeat=len(accuracies)):
+        likelihoods = [
+            math.prod(p if one == truth else (1 - p) / (choices - 1) for p, one in zip(accuracies, said, strict=True))
+            for truth in range(choices)
+        ]
+        totals = [sum(w for w, one in zip(weights, said, strict=True) if one == answer) for answer in range(choices)]
+        assert likelihoods[totals.index(max(totals))] == pytest.approx(max(likelihoods)), said
+    assert weights_of((0.8,), 2) == pytest.approx([math.log(4)]), "of two choices: log(p / (1 - p))"
+    many = weights_of((0.9, 0.6), 77)
+    assert many[0] == pytest.approx(math.log(99)) and many[1] / many[0] == pytest.approx(math.log(76 * 1.5) / math.log(76 * 9))
+    assert all(weight > 0 for weight in weights_of((0.0, 0.5, 1.0), 2)), "nobody is worth nothing"
 
 
 def test_free_calls_come_first_then_first_samples_then_the_heavy() -> None:
