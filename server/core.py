@@ -233,7 +233,10 @@ class Work:
 
 @dataclass(slots=True, frozen=True)
 class Hop:
-    """A candidate that was asked or passed over. `outcome`: delivered, below_bar, failed, skipped, shadow; cost in 1e-6 US dollars."""
+    """A candidate that was asked or passed over; cost in 1e-6 US dollars.
+
+    `outcome`: delivered, below_bar, failed, skipped, shadow; in ensembles also member (an answer beside the delivered one) and cut_off.
+    """
 
     candidate: str
     outcome: str

@@ -322,9 +322,10 @@ class Ensembles:
         dissent = {index: why for index in range(len(answered)) if (why := _dissent(agreement, index))}
         if agreement.tie or agreement.share < run.rule.bar(closed) - 1e-9:
             return None
+        several = len({shot.name for shot in answered}) > 1  # that samples of one member agree says nothing of their being right
         for index, shot in enumerate(answered):
             shot.outcome, shot.reason = ("dissented", dissent[index]) if index in dissent else ("agreed", "")
-            if len(answered) > 1:
+            if several:
                 self.wins.count(run.item.outcome.decision.skill, shot.name, index not in dissent)
         self._weigh(run, answered)
         return chosen
@@ -407,9 +408,11 @@ class TextVectors:
 
 
 def comparable(shot: Shot) -> str:
-    """An answer as it is compared with others: its words, or of named things each with its kind, in whatever form they were given."""
+    """An answer as it is compared with others: its words; a label letter by letter; named things each with its kind, however given."""
     assert shot.answer is not None
     reply = shot.answer.reply
+    if reply.labels:
+        return json.dumps([reply.labels[0].name], ensure_ascii=False)
     if reply.entities:
         return json.dumps(sorted([entity.text, entity.label] for entity in reply.entities), ensure_ascii=False)
     return reply.text

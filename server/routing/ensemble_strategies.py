@@ -231,7 +231,10 @@ def draw(probabilities: Sequence[float], chance: float) -> int:
 
 
 class WinTable:
-    """How often each member was right at each skill since the server started. For the event loop alone."""
+    """How often each member was right at each skill since the server started: by measured qualities, and by votes that had a result.
+
+    A vote counts whoever is with the majority as right, so members that err together raise each other. For the event loop alone.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], Beta] = {}

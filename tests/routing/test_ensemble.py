@@ -283,6 +283,20 @@ async def test_labels_are_voted_on_by_heads_and_vendors_alike(table: Table) -> N
     assert row["student_label"] == "card" and row["student_quality"] is not None
 
 
+async def test_labels_that_read_alike_are_different_votes(table: Table) -> None:
+    skill = Skill("intent", instruction="Say what.", labels=("card", "the card", "card 1", "card one"), teachers=("eve/m",))
+    table.says |= {"ada": "the card", "bob": "card", "cyd": "card"}
+    found = await table.make(skill).run(asking("ada/m", "bob/m", "cyd/m", skill="intent", quorum=3), Call("test"))
+    assert found.outcome.output_text == "card" and found.confidence == pytest.approx(2 / 3)
+
+
+async def test_samples_of_one_member_teach_nothing_of_it(table: Table) -> None:
+    ensembles = table.make()
+    found = await ensembles.run(asking(MemberAsk("ada/m", samples=5)), Call("test"))  # type: ignore[arg-type]
+    assert found.outcome.output_text == "42" and table.asked() == {"ada": 3}
+    assert ensembles.wins.posterior("sums", "ada/m") == Beta(2, 1)
+
+
 async def test_counted_votes_become_weights(table: Table) -> None:
     ensembles = table.make()
     table.says["cyd"] = "41"
