@@ -89,8 +89,9 @@ def tls_files(config: Config) -> str:
 
 def secrets(config: Config) -> str:
     """Whether each place that is named holds a secret; the secrets are not shown."""
-    for provider in config.providers.values():
-        provider.read_api_key()
+    from server.providers.make import make_providers
+
+    make_providers(config.providers)  # opens no connection; a key that is missing raises
     config.registry.read_password()
     return f"{len(config.providers)} providers"
 
