@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MEMBER = re.compile(r"(?P<model>[^*=]+)(\*(?P<samples>\d+))?(=(?P<accuracy>[0-9.]+))?")
 _SHOWN = 60
+STRATEGIES = ("consensus", "weighted", "best_of_n", "specialist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ def ensemble(asked: EnsembleOptions) -> int:
     if not text.strip():
         raise InvalidArgument("there is no input. Give a text, or pipe one in.", field="text")
     members = [member_of(one) for one in asked.members]
+    strategy = asked.options.get("strategy", "consensus")
+    if strategy not in STRATEGIES:
+        raise InvalidArgument(f"--strategy {strategy!r} is unknown; {', '.join(STRATEGIES)} are.", field="strategy")
     with Client(asked.address, timeout_s=600) as client:
         try:
             found = client.ensemble(asked.skill, text, members, **asked.options)

@@ -325,6 +325,8 @@ def test_the_client_and_the_command_show_who_said_what(served: ServerProcess, ve
     assert json.loads(done.stdout)["members"][1]["text"] == "43"
     done = subprocess.run([*command, "-m", "bob/m*x"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "MODEL*SAMPLES" in done.stderr
+    done = subprocess.run([*command, "--strategy", "best"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "best_of_n" in done.stderr
 
 
 async def test_the_asynchronous_client_asks_too(served: ServerProcess, vendors: Vendors) -> None:
