@@ -18,7 +18,8 @@ _NUMBERS |= {"a": 1, "single": 1, "twenty": 20, "thirty": 30, "forty": 40, "fift
 _UNITS = {"word": "words", "sentence": "sentences", "line": "sentences", "character": "characters", "paragraph": "paragraphs"}
 _UNITS |= {"bullet": "bullets", "point": "bullets"}
 _LENGTH = re.compile(
-    rf"\b(?P<number>\d[\d,]{{0,6}}|{'|'.join(_NUMBERS)})[\s-]+(?:\w+[\s-]+)?(?P<unit>{'|'.join(_UNITS)})s?\b(?!\s+of\s+view)", re.IGNORECASE
+    rf"\b(?P<number>\d[\d,]{{0,6}}|{'|'.join(_NUMBERS)})[\s-]+(?:[a-z]+[\s-]+)?(?P<unit>{'|'.join(_UNITS)})s?\b(?!\s+of\s+view)",
+    re.IGNORECASE,
 )
 _TOP = re.compile(rf"\b(?:top|best|first)[\s-]+(\d{{1,4}}|{'|'.join(n for n in _NUMBERS if n != 'a')})\b", re.IGNORECASE)
 _LANGUAGE = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, NAMES), key=len, reverse=True))})(?!\w)", re.IGNORECASE)
