@@ -61,8 +61,9 @@ def serve(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help='A text-generation model, "name" or "name@version".')],
+    model: Annotated[str, typer.Argument(help='A text-generation model, "name" or "name@version"; with --skill, a skill.')],
     prompt: Annotated[str, typer.Argument(help="What to go on with; without it, standard input.")] = "",
+    skill: Annotated[bool, typer.Option("--skill", help="Asks a skill: its student, its teacher; -v tells who answered, and why.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="A conversation by the model's chat template, line by line.")] = False,
     system: Annotated[str, typer.Option(help="The conversation's system message.")] = "",
     address: Annotated[str, typer.Option(help="Where the server listens, without TLS.")] = "127.0.0.1:50051",
@@ -83,7 +84,7 @@ def run(
     from server.commands.run import run as answer
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "adapter": adapter, "stop": stop or ()}
-    asked = RunOptions(model, prompt, chat, system, address, local, verbose, options)
+    asked = RunOptions(model, prompt, chat, system, address, local, verbose, skill, options)
     raise typer.Exit(answer(asked, config, _flags(settings, {"models.path": models})))
 
 

@@ -1,4 +1,7 @@
-"""`understudy run MODEL "prompt"`: streams an answer to the terminal, from a running server or from a model loaded in this process."""
+"""`understudy run MODEL "prompt"`: streams an answer to the terminal, from a running server or from a model loaded in this process.
+
+With --skill the name is a skill's, and whoever its route finds answers.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class RunOptions:
     address: str = "127.0.0.1:50051"
     local: bool = False
     verbose: bool = False
+    skill: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -35,6 +39,8 @@ class Speaker(Protocol):
 
 def run(asked: RunOptions, file: str | None, flags: Mapping[str, object]) -> int:
     """Prints the answers; returns the exit code. Raises InvalidArgument, and what the runtime or the client raises."""
+    if asked.skill and asked.local:
+        raise InvalidArgument("--skill needs a running server: it knows who may answer. Leave --local out.", field="local")
     try:
         if asked.local:
             return asyncio.run(_local(asked, file, flags))
@@ -50,7 +56,7 @@ async def _remote(asked: RunOptions) -> int:
 
     async with AsyncClient(asked.address, timeout_s=3600) as client:
         try:
-            return await _talk(asked, _Remote(client, asked))
+            return await _talk(asked, _Skill(client, asked) if asked.skill else _Remote(client, asked))
         except UnderstudyError as error:
             hint = " Start one with `understudy serve`, or add --local." if error.code == "UNAVAILABLE" and not error.reason else ""
             print(f"understudy: {error.message}{hint}", file=sys.stderr)
@@ -135,6 +141,29 @@ class _Remote:
         self.story = _story(usage.input_tokens, usage.output_tokens, took.time_to_first_token, took.inter_token)
 
 
+class _Skill:
+    """A skill by its route: written as it comes where the task is to generate text, else whole."""
+
+    def __init__(self, client: Any, asked: RunOptions) -> None:
+        self._client = client
+        self._asked = asked
+        self.story = ""
+
+    async def say(self, prompt: str | None, messages: list[dict[str, str]] | None) -> AsyncIterator[str]:
+        name = self._asked.model
+        skill = await self._client.skills.get(name)
+        if skill.task != "text-generation":
+            (answer,) = await self._client.run(name, [messages or prompt])
+            yield answer.text
+            self.story = _route(answer.decision, answer.quality, answer.cost_usd)
+            return
+        stream = self._client.generate(prompt, messages=messages, skill=name, **self._asked.options)
+        async with stream:
+            async for delta in stream:
+                yield delta.text
+        self.story = _route(stream.summary.decision, stream.summary.quality, stream.summary.cost_usd)
+
+
 class _Local:
     def __init__(self, model: Any, asked: RunOptions) -> None:
         self._model = model
@@ -154,6 +183,12 @@ class _Local:
                 yield delta.text
         summary = answers.summary()
         self.story = _story(summary.usage.input, summary.usage.output, summary.timings.first_token, summary.timings.inter_token)
+
+
+def _route(decision: Any, quality: float | None, cost_usd: float) -> str:
+    hops = "; ".join(f"{hop.candidate}: {hop.outcome}, {hop.reason}, {hop.elapsed_s * 1e3:.0f} ms" for hop in decision.hops)
+    known = "" if quality is None else f", quality {quality:.2f}"
+    return f"[{hops}{known}, ${cost_usd:.6f}]"
 
 
 def _story(read: int, written: int, first_s: float, between_s: float) -> str:

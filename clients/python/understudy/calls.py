@@ -22,7 +22,6 @@ from understudy.results import (
     Model,
     RankedDocument,
     Results,
-    RunAnswer,
     Skill,
     Status,
 )
@@ -55,11 +54,6 @@ _AGGREGATIONS = {
     "first": pb.AGGREGATION_STRATEGY_FIRST,
     "average": pb.AGGREGATION_STRATEGY_AVERAGE,
     "max": pb.AGGREGATION_STRATEGY_MAX,
-}
-_PREFERENCES = {
-    "local_first": items.ROUTE_PREFERENCE_LOCAL_FIRST,
-    "local_only": items.ROUTE_PREFERENCE_LOCAL_ONLY,
-    "provider_only": items.ROUTE_PREFERENCE_PROVIDER_ONLY,
 }
 _THUMBS = {
     "": feedback_types.THUMB_UNSPECIFIED,
@@ -214,25 +208,6 @@ def answer_questions(pairs: Sequence[tuple[str, str]], options: dict[str, Any]) 
     )
     _no_more(options)
     return _prepare("InferenceService", "AnswerQuestion", request, convert.checked(convert.answers, return_errors), call)
-
-
-def run(skill: str, inputs: Sequence[convert.RunInput], options: dict[str, Any]) -> Prepared[Results[RunAnswer]]:
-    """InferenceService.Run; an input is a text, a pair of texts, or the messages of a conversation."""
-    call = _call(options)
-    return_errors = options.pop("return_errors", False)
-    if isinstance(inputs, str):
-        _texts(inputs)
-    request = pb.RunRequest(
-        skill=skill,
-        inputs=[convert.run_input(one) for one in inputs],
-        preference=_choice("preference", options.pop("preference", "local_first"), _PREFERENCES),
-        priority=_choice("priority", options.pop("priority", ""), _PRIORITIES),
-        user=options.pop("user", ""),
-    )
-    if "max_cost_usd" in options:
-        request.max_cost.micro_usd = round(options.pop("max_cost_usd") * 1e6)
-    _no_more(options)
-    return _prepare("InferenceService", "Run", request, convert.checked(convert.run_answers, return_errors), call)
 
 
 def feedback(interaction_id: str, said: dict[str, Any], options: dict[str, Any]) -> Prepared[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack
 
 import grpc
 
-from understudy import calls, convert, ensembles, generation
+from understudy import calls, convert, ensembles, generation, routing
 from understudy.adapters import Adapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
@@ -19,6 +19,7 @@ from understudy.ensembles import EnsembleAnswer, EnsembleOptions
 from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
 from understudy.generation import Messages
+from understudy.many import run_many
 from understudy.options import (
     AnswerOptions,
     CallOptions,
@@ -41,12 +42,15 @@ from understudy.results import (
     Model,
     RankedDocument,
     Results,
+    Route,
     RunAnswer,
     Skill,
     Status,
     TextResult,
 )
 from understudy.retry import RetryPolicy as RetryPolicy
+from understudy.routing import RunReply as RunReply
+from understudy.routing import RunRequest as RunRequest
 from understudy.streams import TextStream
 
 T = TypeVar("T")
@@ -168,9 +172,29 @@ class Client:
         """Summaries of texts."""
         return self._send(generation.summarize(texts, dict(options)))
 
-    def run(self, skill: str, inputs: Sequence[convert.RunInput], **options: Unpack[RunOptions]) -> Results[RunAnswer]:
-        """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages."""
-        return self._send(calls.run(skill, inputs, dict(options)))
+    def run(self, skill: str = "", inputs: Sequence[convert.RunInput] = (), **options: Unpack[RunOptions]) -> Results[RunAnswer]:
+        """Runs a skill on texts, (text, pair) tuples, or lists of {"role", "content"} messages.
+
+        With `instruction` in place of a skill the task is found from plain words; without inputs they are the whole request.
+        """
+        return self._send(routing.run(skill, inputs, dict(options)))
+
+    def run_many(self, requests: Iterable[RunRequest], **options: Unpack[CallOptions]) -> Iterator[RunReply]:
+        """Runs requests as they come, and gives replies as they are ready, in any order:
+
+            for reply in client.run_many(RunRequest(str(n), [text], "support-intent") for n, text in enumerate(texts)):
+                print(reply.id, reply.answers[0].text)
+
+        The server takes so many at a time; nothing is sent again. Leaving the loop ends the call. `timeout_s`: of the whole stream;
+        without it there is none.
+        """
+        metadata = with_request_id(self._metadata, options.get("request_id", ""))
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(routing.RUN_MANY)
+        return run_many(requests, lambda messages: method(messages, timeout=options.get("timeout_s"), metadata=metadata))
+
+    def explain_route(self, skill: str = "", inputs: Sequence[convert.RunInput] = (), **options: Unpack[RunOptions]) -> Results[Route]:
+        """How each input would be routed, and why, without asking anybody. Takes what `run` takes."""
+        return self._send(routing.explain(skill, inputs, dict(options)))
 
     def ensemble(
         self, skill: str, given: convert.RunInput, members: Sequence[str | Member], **options: Unpack[EnsembleOptions]
@@ -270,4 +294,4 @@ class Skills:
         return self._client._send(calls.get_skill(name, dict(options)))
 
 
-__all__ = ["Client", "Member", "RetryPolicy", "Tls"]
+__all__ = ["Client", "Member", "RetryPolicy", "RunReply", "RunRequest", "Tls"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from understudy.errors import ItemErrors, UnderstudyError, from_status
 from understudy.results import (
     Answer,
     Classification,
+    Decision,
+    Detection,
     Embedding,
     Entity,
     FloatArray,
@@ -26,15 +29,17 @@ from understudy.results import (
     SkillCounts,
     Status,
     Timings,
+    ToolCall,
     Usage,
 )
+from understudy.v1 import generation_pb2 as pieces
 from understudy.v1 import inference_pb2 as items
 from understudy.v1 import inference_service_pb2 as pb
 from understudy.v1 import model_pb2
 from understudy.v1 import stats_service_pb2 as stats_pb
 
 T = TypeVar("T")
-RunInput = str | tuple[str, str] | Sequence[Mapping[str, str]]
+RunInput = str | tuple[str, str] | Sequence[Mapping[str, Any]]
 
 # Tags (field << 3 | 2, length-delimited) of EmbedResponse.results and EmbedResult.embedding.
 _RESULTS = pb.EmbedResponse.RESULTS_FIELD_NUMBER << 3 | 2
@@ -119,47 +124,68 @@ def entities(data: bytes) -> Results[tuple[Entity, ...]]:
     """ExtractEntitiesResponse."""
     response = pb.ExtractEntitiesResponse.FromString(data)
 
-    def read(it: Any) -> tuple[Entity, ...]:
-        return tuple(Entity(e.label, e.score, e.text, e.start, e.end) for e in it.entities)
-
-    return _results([_item(one, read) for one in response.results], response)
+    return _results([_item(one, lambda it: _entities(it.entities)) for one in response.results], response)
 
 
 def answers(data: bytes) -> Results[tuple[Answer, ...]]:
     """AnswerQuestionResponse."""
     response = pb.AnswerQuestionResponse.FromString(data)
 
-    def read(it: Any) -> tuple[Answer, ...]:
-        return tuple(Answer(a.text, a.score, a.start, a.end) for a in it.answers)
-
-    return _results([_item(one, read) for one in response.results], response)
+    return _results([_item(one, lambda it: _answers(it.answers)) for one in response.results], response)
 
 
 def run_answers(data: bytes) -> Results[RunAnswer]:
     """RunResponse."""
-    response = pb.RunResponse.FromString(data)
+    return run_results(pb.RunResponse.FromString(data))
+
+
+def run_results(response: pb.RunResponse) -> Results[RunAnswer]:
+    """The same, parsed already."""
     found = [_item(one, run_answer) for one in response.results]
     return Results(found, usage=_usage(response.usage), timings=_timings(response.timings))
 
 
 def run_answer(message: Any) -> RunAnswer:
     """RunResult."""
-    decision = message.decision
     return RunAnswer(
         text=message.output_text,
         labels=_labels(message.labels),
-        skill=decision.skill,
-        candidate=decision.candidate,
-        local=decision.local,
-        hops=tuple(
-            Hop(hop.candidate, hop.outcome, hop.reason, _optional(hop, "quality"), hop.cost.micro_usd / 1e6) for hop in decision.hops
-        ),
-        rollout_stage=decision.rollout_stage,
+        decision=decision(message.decision),
         quality=_optional(message, "quality"),
         cost_usd=message.cost.micro_usd / 1e6,
         usage=_usage(message.usage),
         interaction_id=message.interaction_id,
+        entities=_entities(message.entities),
+        answers=_answers(message.answers),
+        embedding=np.array(message.embedding, np.float32) if message.embedding else None,
+        score=_optional(message, "score"),
+        tool_calls=tuple(ToolCall(one.id, one.name, one.arguments) for one in message.tool_calls),
+        findings=tuple(message.findings),
     )
+
+
+def decision(message: items.Decision) -> Decision:
+    """How an answer came about, or would."""
+    found = message.detection
+    return Decision(
+        skill=message.skill,
+        candidate=message.candidate,
+        local=message.local,
+        hops=tuple(map(_hop, message.hops)),
+        rollout_stage=message.rollout_stage,
+        task=message.task,
+        preference=message.preference,
+        difficulty=_optional(message, "difficulty"),
+        detection=Detection(found.task, found.score, found.phrase, dict(found.parameters), tuple(found.candidates))
+        if message.HasField("detection")
+        else None,
+        propensity=message.propensity,
+    )
+
+
+def _hop(hop: items.Hop) -> Hop:
+    quality = _optional(hop, "quality")
+    return Hop(hop.candidate, hop.outcome, hop.reason, quality, hop.cost.micro_usd / 1e6, _seconds(hop.elapsed), hop.tries)
 
 
 def run_input(value: RunInput) -> items.RunInput:
@@ -169,7 +195,28 @@ def run_input(value: RunInput) -> items.RunInput:
     if isinstance(value, tuple):
         text, text_pair = value
         return items.RunInput(pair=items.TextPair(text=text, text_pair=text_pair))
-    return items.RunInput(chat=items.Chat(messages=[items.ChatMessage(role=m["role"], content=m["content"]) for m in value]))
+    return items.RunInput(chat=items.Chat(messages=[chat_message(one) for one in value]))
+
+
+def chat_message(message: Mapping[str, Any]) -> items.ChatMessage:
+    """A message of a conversation, as OpenAI writes them."""
+    return items.ChatMessage(
+        role=message["role"],
+        content=message.get("content") or "",
+        tool_calls=[_tool_call(one) for one in message.get("tool_calls") or ()],
+        tool_call_id=message.get("tool_call_id", ""),
+        name=message.get("name", ""),
+    )
+
+
+def _tool_call(call: Mapping[str, Any] | ToolCall) -> pieces.ToolCall:
+    if isinstance(call, ToolCall):
+        return pieces.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+    inner = call.get("function", call)
+    arguments = inner.get("arguments", "")
+    return pieces.ToolCall(
+        id=call.get("id", ""), name=inner["name"], arguments=arguments if isinstance(arguments, str) else json.dumps(arguments)
+    )
 
 
 def model(message: model_pb2.Model) -> Model:
@@ -236,6 +283,14 @@ def _results(found: Sequence[T | UnderstudyError], response: Any) -> Results[T]:
 
 def _labels(labels: Any) -> tuple[Label, ...]:
     return tuple(Label(label.name, label.score) for label in labels)
+
+
+def _entities(entities: Any) -> tuple[Entity, ...]:
+    return tuple(Entity(e.label, e.score, e.text, e.start, e.end) for e in entities)
+
+
+def _answers(answers: Any) -> tuple[Answer, ...]:
+    return tuple(Answer(a.text, a.score, a.start, a.end) for a in answers)
 
 
 def _usage(usage: Any) -> Usage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from understudy import convert
@@ -21,9 +22,9 @@ from understudy.results import (
     TokenAlternative,
     ToolCall,
 )
+from understudy.routing import set_limits
 from understudy.v1 import common_pb2 as common
 from understudy.v1 import generation_pb2 as pieces
-from understudy.v1 import inference_pb2 as items
 from understudy.v1 import inference_service_pb2 as pb
 
 Messages = Sequence[Mapping[str, Any]]
@@ -42,7 +43,8 @@ def generate(
     """InferenceService.Generate; `read` gives one message of the stream."""
     call = _call(options)
     request = _fill(pb.GenerateRequest(), (prompt, messages, token_ids), options)
-    return _prepare("InferenceService", "Generate", request, pb.GenerateResponse.FromString, call)
+    prepared = _prepare("InferenceService", "Generate", request, pb.GenerateResponse.FromString, call)
+    return replace(prepared, paid=bool(request.skill))
 
 
 def generate_text(
@@ -51,7 +53,8 @@ def generate_text(
     """InferenceService.GenerateText."""
     call = _call(options)
     request = _fill(pb.GenerateTextRequest(), (prompt, messages, token_ids), options)
-    return _prepare("InferenceService", "GenerateText", request, _reader(pb.GenerateTextResponse, _whole), call)
+    prepared = _prepare("InferenceService", "GenerateText", request, _reader(pb.GenerateTextResponse, _whole), call)
+    return replace(prepared, paid=bool(request.skill))
 
 
 def translate(texts: Sequence[str], options: dict[str, Any]) -> Prepared[Results[TextResult]]:
@@ -87,9 +90,10 @@ def _fill(request: R, inputs: tuple[str | None, Messages | None, Sequence[int] |
         request.prompt = prompt
     elif messages is not None:
         request.chat.SetInParent()
-        request.chat.messages.extend(_message(one) for one in messages)
+        request.chat.messages.extend(map(convert.chat_message, messages))
     else:
         request.token_ids.ids.extend(token_ids or ())
+    _set_route(request, options)
     request.model.CopyFrom(common.ModelSelector(name=options.pop("model", ""), version=options.pop("version", "")))
     request.adapter = options.pop("adapter", "")
     request.priority = _choice("priority", options.pop("priority", ""), _PRIORITIES)
@@ -110,33 +114,21 @@ def _fill(request: R, inputs: tuple[str | None, Messages | None, Sequence[int] |
     return request
 
 
+def _set_route(request: Any, options: dict[str, Any]) -> None:
+    """The skill that is to answer by its route, and what that route may be."""
+    request.skill = options.pop("skill", "")
+    limits = [name for name in ("preference", "max_cost_usd", "user") if options.get(name)]
+    if limits and not request.skill:
+        raise TypeError(f"{limits[0]} goes with a skill; a model is who answers, at no cost")
+    set_limits(request, options)
+
+
 def _form(name: str, value: Any) -> pieces.ResponseFormat:
     if name == "json_schema" and not isinstance(value, str):
         value = json.dumps(value)
     if name == "choice":
         value = pieces.Choice(values=_texts(value))
     return pieces.ResponseFormat(**{name: value})
-
-
-def _message(message: Mapping[str, Any]) -> items.ChatMessage:
-    calls = [_tool_call(one) for one in message.get("tool_calls") or ()]
-    return items.ChatMessage(
-        role=message["role"],
-        content=message.get("content") or "",
-        tool_calls=calls,
-        tool_call_id=message.get("tool_call_id", ""),
-        name=message.get("name", ""),
-    )
-
-
-def _tool_call(call: Mapping[str, Any] | ToolCall) -> pieces.ToolCall:
-    if isinstance(call, ToolCall):
-        return pieces.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
-    inner = call.get("function", call)
-    arguments = inner.get("arguments", "")
-    return pieces.ToolCall(
-        id=call.get("id", ""), name=inner["name"], arguments=arguments if isinstance(arguments, str) else json.dumps(arguments)
-    )
 
 
 def _tool(tool: Mapping[str, Any]) -> pieces.Tool:
@@ -184,6 +176,10 @@ def summary(response: pb.GenerateResponse | pb.GenerateTextResponse) -> Generati
             time_to_first_token=convert._seconds(took.time_to_first_token),
             total=convert._seconds(took.total),
         ),
+        convert.decision(response.decision) if response.HasField("decision") else None,
+        response.cost.micro_usd / 1e6,
+        convert._optional(response, "quality"),
+        response.interaction_id,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 Priority = Literal["critical", "interactive", "bulk"]
+Preference = Literal["local_first", "local_only", "provider_only", "cheapest", "best", "fastest", "free_first"]
 
 
 class CallOptions(TypedDict, total=False):
@@ -90,17 +91,32 @@ class AnswerOptions(EncoderOptions, total=False):
     allow_no_answer: bool
 
 
-class RunOptions(CallOptions, total=False):
-    """`preference`: who may answer, "local_first" without it. `max_cost_usd`: for each item. `user`: an opaque id, never a name."""
+class RouteOptions(CallOptions, total=False):
+    """`preference`: who may answer, and in which order; the skill's own without it. `max_cost_usd`: for each item; 0: nothing is paid.
 
-    preference: Literal["local_first", "local_only", "provider_only"]
+    `user`: who asks, an opaque id, never a name.
+    """
+
+    preference: Preference
     max_cost_usd: float
-    priority: Priority
     user: str
+
+
+class RunOptions(RouteOptions, total=False):
+    """`instruction`: what is to be done, in plain words, in place of a skill's name. `labels`: classes to choose from, where the skill has
+    none of its own. `parameters`: the task's, for example {"target_language": "fr"}. `max_latency_s`: candidates that are expected to take
+    longer are passed over. `return_errors`: items that failed are left in the results instead of raising ItemErrors.
+    """
+
+    instruction: str
+    labels: Sequence[str]
+    parameters: Mapping[str, str]
+    max_latency_s: float
+    priority: Priority
     return_errors: bool
 
 
-class GenerateOptions(CallOptions, total=False):
+class GenerateOptions(RouteOptions, total=False):
     """`model`, `version`, `adapter` ("name" or "name@version"): who answers; without them the server's default, and no adapter.
 
     Sampling, by OpenAI's and Hugging Face's names: `temperature` (0 takes the likeliest token), `top_k`, `top_p`, `min_p`,
@@ -108,8 +124,10 @@ class GenerateOptions(CallOptions, total=False):
     at `max_tokens`, at a text of `stop`, at `stop_token_ids`, or at the model's own stop tokens unless `ignore_eos`.
     Its form is bound by one of `json_schema` (a dict, or JSON text), `json_object`, `regex`, `choice`, `grammar` (Lark).
     `tools`: functions as OpenAI describes them. `return_token_ids`, `logprobs`, `top_logprobs`: tokens beside the text.
+    `skill`: answers by its route instead of one model; takes a prompt or messages, and `max_tokens`, `temperature`, `tools`, `json_schema`.
     """
 
+    skill: str
     model: str
     version: str
     adapter: str

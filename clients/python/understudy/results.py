@@ -138,31 +138,128 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model asks for; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hop:
-    """A candidate that was asked, what came of it, and why."""
+    """A candidate that was asked, what came of it ("delivered", "below_bar", "failed", "skipped", "shadow"), and why."""
 
     candidate: str
     outcome: str
     reason: str
     quality: float | None
     cost_usd: float
+    elapsed_s: float = 0.0
+    tries: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class RunAnswer:
-    """A skill's answer with its story. `interaction_id` names it in feedback; `quality` is the probability that it is acceptable."""
+class Detection:
+    """What a request in plain words was taken for; `phrase` was the nearest, `candidates` are tasks that came near, best first."""
 
-    text: str
-    labels: tuple[Label, ...]
+    task: str
+    score: float
+    phrase: str
+    parameters: Mapping[str, str]
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How an answer came about. `difficulty`: the probability that the local answer would not do; None where nothing was learned.
+
+    `propensity`: of the assignment that the input got; 1 where nothing was drawn.
+    """
+
     skill: str
     candidate: str
     local: bool
     hops: tuple[Hop, ...]
     rollout_stage: str
+    task: str = ""
+    preference: str = ""
+    difficulty: float | None = None
+    detection: Detection | None = None
+    propensity: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunAnswer:
+    """A skill's answer with its story. `interaction_id` names it in feedback; `quality` is the probability that it is acceptable.
+
+    `text` always says it; beside it `labels`, `entities`, `answers`, `embedding` (float32 [D]), `score` and `tool_calls`, where the task
+    has them. `findings`: what is wanting in it.
+    """
+
+    text: str
+    labels: tuple[Label, ...]
+    decision: Decision
     quality: float | None
     cost_usd: float
     usage: Usage
     interaction_id: str
+    entities: tuple[Entity, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    embedding: FloatArray | None = None
+    score: float | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    findings: tuple[str, ...] = ()
+
+    @property
+    def skill(self) -> str:
+        """The skill that was run."""
+        return self.decision.skill
+
+    @property
+    def candidate(self) -> str:
+        """Who answered: "local:<model or adapter>@<version>" or "<provider>/<model>"."""
+        return self.decision.candidate
+
+    @property
+    def local(self) -> bool:
+        """Whether the server's own models answered."""
+        return self.decision.local
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """Everybody who was asked or passed over, in order."""
+        return self.decision.hops
+
+    @property
+    def rollout_stage(self) -> str:
+        """The stage of the skill's rollout."""
+        return self.decision.rollout_stage
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCandidate:
+    """Somebody who could answer. `reason`: of its place; `skipped`: why it would be passed over, or "".
+
+    `worst_cost_usd` is None where no price is known, `expected_latency_s` before its first answer.
+    """
+
+    candidate: str
+    local: bool
+    reason: str
+    skipped: str
+    worst_cost_usd: float | None
+    expected_latency_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How an input would be routed: candidates in the order of asking, and the qualities at which local answers are taken or asked anew."""
+
+    decision: Decision
+    candidates: tuple[PlannedCandidate, ...]
+    deliver_bar: float
+    second_try_bar: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,15 +378,6 @@ class GeneratedToken:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a tool that the model asks for; `arguments` is a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
 class Confidence:
     """How sure the model was: means over an answer's tokens. Entropy in nats; the margin is to the second likeliest token."""
 
@@ -334,13 +422,20 @@ class GeneratedText:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSummary:
-    """Who answered, what it used, and how long it took. `adapter` is "name@version", or "" without one."""
+    """Who answered, what it used, and how long it took. `adapter` is "name@version", or "" without one.
+
+    With a skill: how the answer came about, what it cost, how good it is where that is known, and its name for feedback.
+    """
 
     model: str
     version: str
     adapter: str
     usage: Usage
     timings: GenerationTimings
+    decision: Decision | None = None
+    cost_usd: float = 0.0
+    quality: float | None = None
+    interaction_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

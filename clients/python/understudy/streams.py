@@ -61,7 +61,9 @@ class _Stream(Generic[C]):
 
     def _again(self, error: UnderstudyError, attempt: int, begun: bool, end: float) -> float:
         """Seconds to wait before the next attempt; raises the error where there is none, as always once an answer has begun."""
-        delay = None if begun or self._cancelled else self._retry.delay(error, attempt, end - time.monotonic())
+        delay = (
+            None if begun or self._cancelled or self._prepared.final(error) else self._retry.delay(error, attempt, end - time.monotonic())
+        )
         if delay is None:
             raise error
         return delay
