@@ -21,6 +21,7 @@ cdef enum:
     C_LENGTH = 2
     C_TOOL_CALLS = 3
     SLOTS = 4096
+    COMPRESSED = 2048
 
 cdef double CLIP = 50.0, LOW_LOGPROB = log(0.1)
 
@@ -143,7 +144,7 @@ cdef void repetition_features(const Side* said, Set* sets, double* out) noexcept
     out[2] = 1 - <double>sets[2].count / (n - 3) if n > 3 else 0.0
     out[3] = 1 - <double>sets[3].count / lines if lines else 0.0
     out[4] = log1p(<double>max(longest - 2, 0))
-    out[5] = compression(said.text, said.size)
+    out[5] = compression(said.text, min(said.size, COMPRESSED))
 
 
 cdef void form_features(const Side* said, double* lengths, double* out) noexcept nogil:
@@ -162,19 +163,35 @@ cdef void form_features(const Side* said, double* lengths, double* out) noexcept
         digits += said.kinds[i] == DIGIT
         points += said.kinds[i] == PUNCTUATION
     for i in range(n):
-        c, kind = said.text[i], said.kinds[i]
-        if kind != SPACE:
-            last = i
+        kind = said.kinds[i]
+        if kind >= DIGIT:
             if fresh:
                 fresh = False
                 lines += 1
-                marked += c == 0x2D or c == 0x2A or c == 0x2022 or kind == DIGIT
-        elif c == 10:
-            fresh = True
-            breaks += 1
-        ticks = ticks + 1 if c == 0x60 else 0
-        fences += ticks == 3
-        if kind == PUNCTUATION:
+                marked += kind == DIGIT
+            continue
+        c = said.text[i]
+        if kind == SPACE:
+            if c == 10:
+                fresh = True
+                breaks += 1
+            continue
+        if fresh:
+            fresh = False
+            lines += 1
+            marked += c == 0x2D or c == 0x2A or c == 0x2022
+        if kind == OTHER:
+            continue
+        if c == 0x60:
+            ticks = ticks + 1 if i and said.text[i - 1] == 0x60 else 1
+            fences += ticks == 3
+        elif c == 0x22:
+            straight += 1
+        elif c == 0x201C or c == 0x201D:
+            curled += 1 if c == 0x201C else -1
+        elif terminator(c):
+            ends += i + 1 == n or said.kinds[i + 1] == SPACE or said.kinds[i + 1] == PUNCTUATION or c > 0x3000
+        else:
             which = 0 if c == 0x28 or c == 0x29 else 1 if c == 0x5B or c == 0x5D else 2 if c == 0x7B or c == 0x7D else 3
             if which < 3:
                 if c == 0x28 or c == 0x5B or c == 0x7B:
@@ -183,11 +200,9 @@ cdef void form_features(const Side* said, double* lengths, double* out) noexcept
                     depth[which] -= 1
                 else:
                     wrong += 1
-            straight += c == 0x22
-            curled += (c == 0x201C) - (c == 0x201D)
-            ends += terminator(c) and (i + 1 == n or said.kinds[i + 1] == SPACE or said.kinds[i + 1] == PUNCTUATION or c > 0x3000)
-        elif c == 0xFFFD:
-            control += 1
+    last = n - 1
+    while last >= 0 and said.kinds[last] == SPACE:
+        last -= 1
     for i in range(words):
         letters += said.tokens[i].end - said.tokens[i].start
         capitals += said.tokens[i].capital

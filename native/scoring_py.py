@@ -62,6 +62,7 @@ LOW_LOGPROB = math.log(0.1)
 CLIP = 50.0
 MASK = 2**64 - 1
 PAIR, TRIPLE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+COMPRESSED = 2048  # characters of the answer whose compression is estimated
 SLOTS = 4096  # of the table that finds earlier text for the compression estimate
 EARLY = 200  # characters of the answer in which a refusal is its opening
 QUESTION_WINDOW = 64  # words at the prompt's end in which its question is looked for
@@ -278,10 +279,10 @@ def _repetition(pair: Pair) -> list[float]:
 
 
 def _compression(text: list[int]) -> float:
-    """About what LZ77 leaves of the text: a match costs three characters; one table of earlier places, one try each."""
+    """About what LZ77 leaves of the text's first characters: a match costs three; one table of earlier places, one try each."""
     table = [-1] * SLOTS
     i = cost = 0
-    n = len(text)
+    n = min(len(text), COMPRESSED)
     while i < n:
         length = 1
         if i + 4 <= n:
@@ -317,7 +318,6 @@ def _form(pair: Pair) -> list[float]:
     dangling = last >= 0 and (kinds[last] != PUNCTUATION or text[last] in (*OPEN, 0x2C, 0x2D, 0x3B))
     first = tokens[0].start if tokens else -1
     counts = [kinds.count(k) for k in (OTHER, UPPER, DIGIT, PUNCTUATION)]
-    control = counts[0] + text.count(0xFFFD)
     return [
         math.log1p(wrong + sum(depth)),
         float(straight % 2 or curled != 0),
@@ -325,7 +325,7 @@ def _form(pair: Pair) -> list[float]:
         float(dangling and len(tokens) >= 8),
         float(stops),
         float(first >= 0 and kinds[first] == LETTER and 1 <= script_of(text[first]) <= 3),
-        control / n,
+        counts[0] / n,
         counts[1] / n,
         counts[2] / n,
         counts[3] / n,

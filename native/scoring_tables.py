@@ -152,6 +152,15 @@ def automaton() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16], npt.NDAr
     return classes, moves, counts
 
 
+def streamed(classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """uint8[0x10000]: each character's class as phrases see it: in lower case, apostrophes straight, a space for what parts words."""
+    found = np.where(characters() & 15 >= DIGIT, classes, classes[32]).astype(np.uint8)
+    found[:DETAILED] = np.where(characters()[:DETAILED] & 15 >= DIGIT, classes[folded()], classes[32])
+    found[0xFF21:0xFF3B] = classes[0xFF41:0xFF5B]
+    found[[0x27, 0x2019]] = classes[0x27]
+    return found
+
+
 def _link(children: list[dict[int, int]], moves: npt.NDArray[np.uint16], counts: npt.NDArray[Any]) -> None:
     """Fills the moves breadth first: where a state has no child, the move of its longest proper suffix."""
     fallback = [0] * len(children)

@@ -1,14 +1,14 @@
 """The texts of the scorer: characters, words, phrases, hashed n-grams. `scoring_py` says in plain Python what each means."""
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.unicode cimport PyUnicode_READ_CHAR
+from cpython.unicode cimport PyUnicode_DATA, PyUnicode_KIND, PyUnicode_READ_CHAR
 from libc.math cimport log1p, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import numpy as np
 
-from native.scoring_tables import WORDS, automaton, characters, folded
+from native.scoring_tables import WORDS, automaton, characters, folded, streamed
 
 cdef enum:
     EARLY = 200
@@ -24,7 +24,9 @@ cdef struct Known:
 
 cdef const uint8_t* CHARACTERS = NULL
 cdef const uint16_t* FOLDED = NULL
-cdef const uint8_t* CLASSES = NULL
+cdef const uint8_t* STREAM = NULL  # a character's class in lower case; what parts words has the class of a space
+cdef const uint8_t* IDLE = NULL  # characters inside words that begin no phrase
+cdef uint32_t BLANK = 0
 cdef const uint16_t* MOVES = NULL
 cdef const uint8_t* ENDS = NULL
 cdef const uint8_t* MARKED = NULL  # states in which any phrase ends
@@ -35,18 +37,21 @@ cdef list KEPT = []  # the arrays behind the pointers
 
 cdef int load() except -1:
     """Takes the tables, once."""
-    global CHARACTERS, FOLDED, CLASSES, MOVES, ENDS, MARKED, WIDTH
+    global CHARACTERS, FOLDED, STREAM, IDLE, BLANK, MOVES, ENDS, MARKED, WIDTH
     if CHARACTERS != NULL:
         return 0
     classes, moves, ends = automaton()
     assert ends.shape[1] == CATEGORIES
-    cdef const uint8_t[::1] c_characters = characters(), c_classes = classes
+    cdef const uint8_t[::1] c_characters = characters()
     cdef const uint16_t[::1] c_folded = folded()
     cdef const uint16_t[:, ::1] c_moves = moves
     cdef const uint8_t[:, ::1] c_ends = ends
     marked = ends.any(axis=1).view(np.uint8)
+    stream = streamed(classes)
+    idle = ((stream != stream[32]) & (moves[0][stream] == 0)).view(np.uint8)
+    cdef const uint8_t[::1] c_stream = stream, c_idle = idle
     cdef const uint8_t[::1] c_marked = marked
-    KEPT.extend((characters(), folded(), classes, moves, ends, marked))
+    KEPT.extend((characters(), folded(), classes, moves, ends, marked, stream, idle))
     KNOWN.who, KNOWN.whose, KNOWN.whom, KNOWN.when_, KNOWN.where = (WORDS[w] for w in ("who", "whose", "whom", "when", "where"))
     KNOWN.what, KNOWN.which, KNOWN.why, KNOWN.how, KNOWN.many = (WORDS[w] for w in ("what", "which", "why", "how", "many"))
     KNOWN.much, KNOWN.long_, KNOWN.old, KNOWN.year, KNOWN.date = (WORDS[w] for w in ("much", "long", "old", "year", "date"))
@@ -54,8 +59,8 @@ cdef int load() except -1:
     KNOWN.Xx, KNOWN.digit, KNOWN.digits = (WORDS[w] for w in ("Xx", "9", "9999"))
     for i, word in enumerate(("is", "are", "was", "were", "do", "does", "did", "can", "has", "have")):
         KNOWN.opening[i] = WORDS[word]
-    FOLDED, CLASSES, MOVES, ENDS, WIDTH = &c_folded[0], &c_classes[0], &c_moves[0, 0], &c_ends[0, 0], c_moves.shape[1]
-    MARKED = &c_marked[0]
+    FOLDED, MOVES, ENDS, WIDTH = &c_folded[0], &c_moves[0, 0], &c_ends[0, 0], c_moves.shape[1]
+    MARKED, STREAM, IDLE, BLANK = &c_marked[0], &c_stream[0], &c_idle[0], c_stream[32]
     CHARACTERS = &c_characters[0]
     return 0
 
@@ -175,22 +180,26 @@ cdef void phrase_features(const Side* said, double* out) noexcept nogil:
     cdef int category
     cdef const uint8_t* ends
     memset(counts, 0, sizeof(counts))
-    state = MOVES[CLASSES[32]]
-    for i in range(n + 1):
-        if i < n and (said.kinds[i] >= DIGIT or apostrophe(said.text[i])):
-            c = 0x27 if apostrophe(said.text[i]) else fold(said.text[i])
+    state, i = MOVES[BLANK], 0
+    while i <= n:
+        if state == 0:  # inside a word that begins no phrase: on to what may begin one
+            while i < n and said.text[i] < BMP and IDLE[said.text[i]]:
+                gap = False
+                i += 1
+        c = BLANK if i == n else STREAM[said.text[i]] if said.text[i] < BMP else 0 if kind_of(said.text[i]) >= DIGIT else BLANK
+        i += 1
+        if c != BLANK:
             gap = False
         elif gap:
             continue
         else:
-            c = 32
             gap = True
-        state = MOVES[state * WIDTH + (CLASSES[c] if c < BMP else 0)]
+        state = MOVES[state * WIDTH + c]
         if MARKED[state]:
             ends = &ENDS[state * CATEGORIES]
             for category in range(CATEGORIES):
                 counts[category] += ends[category]
-            early = early or (i < EARLY and ends[0] + ends[1] > 0)
+            early = early or (i <= EARLY and ends[0] + ends[1] > 0)
     for category in range(CATEGORIES):
         out[category] = log1p(<double>counts[category])
     out[CATEGORIES] = early
@@ -239,6 +248,8 @@ cdef int read(str given, Side* side) except -1:
     """Characters, kinds and words; a text of more than 2^30 characters is refused."""
     cdef int64_t n = len(given), i
     cdef uint32_t c
+    cdef const uint8_t* narrow
+    cdef int64_t scripts[2][16]  # two, so that no count waits for the one before
     load()
     if n > 1 << 30:
         raise ValueError("texts of more than 2^30 characters are not scored")
@@ -248,16 +259,19 @@ cdef int read(str given, Side* side) except -1:
         raise MemoryError()
     side.kinds = <uint8_t*>(side.text + n)
     side.size = n
-    memset(side.scripts, 0, sizeof(side.scripts))
-    for i in range(n):
-        c = PyUnicode_READ_CHAR(given, i)
-        side.text[i] = c
-        if c < BMP:
-            side.kinds[i] = CHARACTERS[c] & 15
-            side.scripts[CHARACTERS[c] >> 4] += 1
-        else:
-            side.kinds[i] = kind_of(c)
-            side.scripts[script_of(c)] += 1
+    memset(scripts, 0, sizeof(scripts))
+    if PyUnicode_KIND(given) == 1:
+        narrow = <const uint8_t*>PyUnicode_DATA(given)
+        for i in range(n):
+            side.text[i], side.kinds[i] = narrow[i], CHARACTERS[narrow[i]] & 15
+            scripts[i & 1][CHARACTERS[narrow[i]] >> 4] += 1
+    else:
+        for i in range(n):
+            c = PyUnicode_READ_CHAR(given, i)
+            side.text[i], side.kinds[i] = c, kind_of(c)
+            scripts[i & 1][script_of(c)] += 1
+    for i in range(16):
+        side.scripts[i] = scripts[0][i] + scripts[1][i]
     with nogil:
         tokenize(side)
     return 0

@@ -38,7 +38,7 @@ _ITERATIONS = 80
 # inverse document frequency; found on EVOUNA by cross-fitting.
 _STRENGTH = 0.3
 _DENSE = 0.15
-_VECTORS = 0.7  # of embeddings of length 1
+_VECTORS = 0.35  # of embeddings of length 1
 _RAREST = 3  # n-grams of fewer rows are noise
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]

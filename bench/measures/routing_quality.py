@@ -102,6 +102,7 @@ def quality() -> Row:
         part("ECE, one answer alone", "<= 0.05", round(alone.ece, 4), alone.ece <= 0.05),
         part("ECE, with the others' agreement", "<= 0.05", round(agreed.ece, 4), agreed.ece <= 0.05),
     ]
+    # Not the bar, which is meant without: who answered is no secret to the server, so a skill's own model may know it.
     parts += [_auroc(f"AUROC for report: {one.name}", 0.0, one) for one in reports[2:]]
     return row_of("quality", QUALITY, parts)
 
