@@ -150,9 +150,9 @@ def scoring() -> Row:
 
         return run
 
-    fast, slow = _best(whole(compiled), 200, 15), _best(whole(twin), 2, 5)
+    fast, slow = _best(whole(compiled), 40, 100), _best(whole(twin), 3, 7)
     model, observed = cold_start(), Observed(prompt, answer, logprobs=rows[0], entropies=rows[1], margins=rows[2])
-    all_of_it = _best(lambda: score(model, observed), 100, 9)
+    all_of_it = _best(lambda: score(model, observed), 40, 50)
     shown = {
         "characters": len(answer),
         "tokens": TOKENS,
