@@ -108,7 +108,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     )
     judge, detector, observer = (
         QualityJudge(runtime, embedder, QualityBook(models / ADAPTERS)),
-        Detection(runtime, embedder),
+        Detection(runtime, embedder, Path(config.lake.path).parent / "cache"),
         ItemReports(metrics),
     )
     router = Router(parts, lake, judge, detector=detector, observer=observer, hold_tokens=config.routing.hold_tokens)

@@ -30,11 +30,11 @@ def server(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of our own, on a free port."""
     if why := why_no_postgres():
         pytest.skip(why)
-    with postgres_server(tmp_path_factory.mktemp("postgres"), "-c", "fsync=off") as url:
+    with postgres_server("-c", "fsync=off") as url:
         yield url
 
 

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,8 +30,18 @@ def why_no_postgres() -> str:
 
 
 @contextmanager
-def postgres_server(folder: Path, *options: str) -> Iterator[str]:
-    """Runs one with its data in `folder`, which is new; gives its URL. `options` are of the command postgres: "-c", "fsync=off"."""
+def postgres_server(*options: str) -> Iterator[str]:
+    """Runs one with new data; gives its URL. `options` are of the command postgres: "-c", "fsync=off"."""
+    # A folder of its own below /tmp: pytest closes its folders to other users whenever one more pytest starts.
+    with (
+        tempfile.TemporaryDirectory(prefix="understudy-postgres-", ignore_cleanup_errors=True) as folder,
+        _running(Path(folder), options) as url,
+    ):
+        yield url
+
+
+@contextmanager
+def _running(folder: Path, options: tuple[str, ...]) -> Iterator[str]:
     binaries = postgres_binaries()
     assert binaries is not None
     user: dict[str, Any] = {}
@@ -38,9 +49,6 @@ def postgres_server(folder: Path, *options: str) -> Iterator[str]:
         nobody = pwd.getpwnam("nobody")
         user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        for part in folder.parents[:-1]:
-            if part.stat().st_uid == 0 and ("pytest" in str(part) or "understudy" in part.name):
-                part.chmod(0o755)
     data = folder / "data"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
     subprocess.run([binaries / "initdb", "-D", data, "-U", "understudy", "-A", "trust", "--no-sync"], check=True, **quiet, **user)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -45,8 +44,7 @@ def _databases() -> Iterator[list[tuple[str, str]]]:
     with tempfile.TemporaryDirectory(prefix="understudy-budget-") as folder, contextlib.ExitStack() as stack:
         found = [("SQLite", f"sqlite:///{folder}/registry.db")]
         if not why_no_postgres():
-            data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="understudy-postgres-")))
-            found.append(("PostgreSQL", stack.enter_context(postgres_server(data))))
+            found.append(("PostgreSQL", stack.enter_context(postgres_server())))
         yield found
 
 
