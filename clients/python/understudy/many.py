@@ -20,13 +20,13 @@ _EARLY_S = 0.02
 
 def run_many(requests: Iterable[RunRequest], start: Callable[[Iterator[bytes]], Any]) -> Iterator[RunReply]:
     """`start` begins the call with the messages that it is to send, which gRPC takes in a thread of its own, as the server reads them."""
-    raised: list[BaseException] = []
+    raised: list[Exception] = []
 
     def messages() -> Iterator[bytes]:
         try:
             for request in requests:
                 yield one_of_many(request)
-        except BaseException as error:
+        except Exception as error:  # GeneratorExit is gRPC's, which closes it when the call has ended
             raised.append(error)
             raise
 
