@@ -11,7 +11,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -28,6 +28,9 @@ from server.providers.stats import Stats
 from server.providers.streams import LiveStream, Origin, Times, nothing_said
 from server.providers.wire import ClientSettings, Reply, Wire
 from server.settings import ProviderConfig
+
+if TYPE_CHECKING:
+    from server.providers.transport import Transport
 
 T = TypeVar("T")
 # Requests that wait for their turn, for each one that may run: beyond it "not now" is the better answer.
@@ -77,7 +80,8 @@ class RemoteProvider:
         self._opening = asyncio.Lock()
         self._client: Any = None  # the library's
         self._http: Any = None  # the one below it
-        self._headers: dict[str, str] = {}
+        self._headers: Any = None
+        self._transport: Transport | None = None  # ours, unless a proxy is asked
         self._sdk: ModuleType | None = None
 
     def __repr__(self) -> str:
@@ -185,10 +189,16 @@ class RemoteProvider:
     async def _post(self, asked: Asked, path: str, data: bytes, *, stream: bool = False) -> Any:
         """The response to one request that the library's client describes. Raises Refusal where its status is no success.
 
-        The library's own `post` builds each request anew out of its options, which takes more processor time than sending and reading it.
+        The library's own `post` builds each request anew out of its options, which takes more processor time than sending and reading it;
+        the client below it looks for redirections, cookies and more that is not wanted here.
         """
-        request = self._http.build_request("POST", f"{self._base_url}{path}", headers=self._headers, content=data)
-        response = await self._http.send(request, stream=stream)
+        url = f"{self._base_url}{path}"
+        if self._transport is None:
+            response = await self._http.send(self._http.build_request("POST", url, headers=self._headers, content=data), stream=stream)
+        else:
+            response = await self._transport.post(url, self._headers, data)
+            if not stream:
+                await response.aread()
         if response.is_success:
             return response
         try:
@@ -370,7 +380,8 @@ class RemoteProvider:
             if self._client is None:
                 client = await asyncio.to_thread(self._make_client)
                 named = {**client.auth_headers, **client.default_headers}
-                self._headers = {name: value for name, value in named.items() if isinstance(value, str)}  # others say: leave it out
+                self._headers = self._http.headers.copy()
+                self._headers.update({name: value for name, value in named.items() if isinstance(value, str)})  # others say: leave it out
                 self._client = client
                 gc.freeze()  # the library's hundred thousand objects stay: walking them again and again stalls every call for 40 ms
 
@@ -387,8 +398,9 @@ class RemoteProvider:
         # A proxy of the environment is httpx2's business.
         through_proxy = not proxy_bypass(address.netloc) and (proxies.get(address.scheme) or proxies.get("all"))
         places = self._config.max_concurrent
+        self._transport = None if through_proxy else Transport(tls, self._config.connect_timeout_s, _KEEPALIVE_S)
         self._http = httpx2.AsyncClient(
-            transport=None if through_proxy else Transport(tls, self._config.connect_timeout_s, _KEEPALIVE_S),
+            transport=self._transport,
             verify=tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # the second trusts nobody: nothing is to be encrypted
             # Answers have timeouts of our own, which cost one timer a request instead of one a read.
             timeout=httpx2.Timeout(None, connect=self._config.connect_timeout_s),

@@ -13,7 +13,7 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx2
@@ -228,9 +228,17 @@ class Transport(httpx2.AsyncBaseTransport):
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._keepalive_s = keepalive_s
+        self._urls: dict[str, httpx2.URL] = {}
         self._origin: tuple[str, bytes, int | None] | None = None
         self._idle: deque[Connection] = deque()
         self._all: set[Connection] = set()
+
+    async def post(self, url: str, headers: Mapping[str, str], content: bytes) -> httpx2.Response:
+        """The response to one request as it is, its body still to be read."""
+        known = self._urls.get(url)
+        if known is None:
+            known = self._urls[url] = httpx2.URL(url)
+        return await self.handle_async_request(httpx2.Request("POST", known, headers=headers, content=content))
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """See httpx2.AsyncBaseTransport."""
