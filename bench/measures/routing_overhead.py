@@ -22,7 +22,7 @@ OVERHEAD = (
 )
 RATE = 200
 LATENCY_MS = 20
-ROUNDS = 5
+ROUNDS = 9
 INSTRUCTION = "You answer the customers of a bank. Be brief and kind."
 PRICES = {"input_per_million_usd": 0.15, "output_per_million_usd": 0.6}
 
@@ -110,10 +110,10 @@ def added(made: Bench) -> list[dict[str, Any]]:
     seen: dict[str, list[dict[str, float]]] = {"without a budget": [], "with a budget": []}
     straight: list[dict[str, float]] = []
     for _ in range(ROUNDS):
-        base = made.run(made.straight(LATENCY_MS), rate=RATE, seconds=5)["latencies"]
+        base = made.run(made.straight(LATENCY_MS), rate=RATE, seconds=2)["latencies"]
         straight.append({"p50": at(base, 0.5) * 1e3, "p99": at(base, 0.99) * 1e3})
         for name, server in (("without a budget", made.plain), ("with a budget", made.budget)):
-            one = made.run(ours(server, LATENCY_MS), server.cpu_s, rate=RATE, seconds=10)
+            one = made.run(ours(server, LATENCY_MS), server.cpu_s, rate=RATE, seconds=5)
             more = {f"p{share * 100:g}": (at(one["latencies"], share) - at(base, 0.5)) * 1e3 for share in (0.5, 0.95, 0.99)}
             seen[name].append({**more, "cpu": one["cpu_ms"]})
     vendor = {name: rounded(median([one[name] for one in straight])) for name in ("p50", "p99")}
@@ -129,6 +129,7 @@ def added(made: Bench) -> list[dict[str, Any]]:
                 fine,
                 cpu_ms_each=middle["cpu"],
                 straight_ms=vendor,
+                least={key: rounded(min(one[key] for one in rounds)) for key in rounds[0]},
                 rounds=[{key: rounded(value) for key, value in one.items()} for one in rounds],
             )
         )
