@@ -288,6 +288,8 @@ def test_a_budget_is_never_passed_by_calls_at_once(start_server: StartServer, ve
     served = start_server(config(vendors, tmp_path, f"[budget]\nstop_at = 1.0\n[budget.total]\nday_usd = {limit / 1e6}"))
     with grpc.insecure_channel(served.address) as channel:
         stub = EnsembleServiceStub(channel)
+        ask(stub)  # alone it has room; of those at once, each may take from the others what they need, and give it back unasked
+        alone = sum(vendors.asked().values())
         threads = [threading.Thread(target=ask, args=(stub,)) for _ in range(16)]
         for thread in threads:
             thread.start()
@@ -295,7 +297,7 @@ def test_a_budget_is_never_passed_by_calls_at_once(start_server: StartServer, ve
             thread.join()
         budgets = StatsServiceStub(channel).GetBudget(stats_service_pb2.GetBudgetRequest(), timeout=10).budgets
     asked = sum(vendors.asked().values())
-    assert asked >= 3 and asked * 25 <= limit, f"{asked} calls"
+    assert 2 <= alone <= asked and asked * 25 <= limit, f"{alone} calls alone, {asked} in all"
     assert [one.spent.micro_usd for one in budgets] == [asked * 25] and budgets[0].reserved.micro_usd == 0
     refusals = [one for one in found if isinstance(one, grpc.RpcError)]
     assert any(one.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "budget" in (one.details() or "") for one in refusals)
