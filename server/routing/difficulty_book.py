@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from server.routing.difficulty import DifficultyEstimate, DifficultyModel, prior
 from server.runtime.adapter_folder import MANIFEST, Base, version_numbers
 from server.runtime.heads import Features
 from server.runtime.runtime import Runtime
+from server.runtime.watch import Watch
 
 _log = logging.getLogger(__name__)
 FOLDER = "difficulty"
@@ -31,10 +31,9 @@ class DifficultyBook:
         """`root`: where the skills' adapters are; `runtime` embeds for models that want it, which answer by their words without."""
         self.root = root
         self._runtime = runtime
-        self._poll_s = poll_s
         self._models: dict[str, DifficultyModel] = {}
         self._refused: dict[tuple[str, int], int] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._watch = Watch(self.refresh, poll_s, "difficulty models")
 
     def current(self, skill: str) -> DifficultyModel | None:
         """The model that answers for a skill now."""
@@ -69,24 +68,11 @@ class DifficultyBook:
 
     async def start(self) -> None:
         """Looks once, then every `poll_s` seconds until `stop`."""
-        await asyncio.to_thread(self.refresh)
-        self._task = asyncio.create_task(self._watch(), name="watch difficulty models")
+        await self._watch.start()
 
     async def stop(self) -> None:
         """Ends the watch; what is loaded stays."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self._poll_s)
-            try:
-                await asyncio.to_thread(self.refresh)
-            except Exception:  # a disk that went away; it may come back
-                _log.exception("looking for difficulty models failed", extra={"root": str(self.root)})
+        await self._watch.stop()
 
     def _load(self, skill: str, number: int) -> DifficultyModel | None:
         """The version, from memory where it is the one that answers: versions are written once."""

@@ -6,17 +6,16 @@ A broken version is refused and logged once, and the one before goes on serving.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.errors import AdapterNotFound, ModelRejected, UnderstudyError, near_names
 from server.runtime.verify import MANIFEST
+from server.runtime.watch import Watch
 
 if TYPE_CHECKING:
     from server.runtime.heads import LinearHead
@@ -52,10 +51,9 @@ class AdapterStore:
         """
         self.root = root
         self._base_sha256 = base_sha256
-        self._poll_s = poll_s
         self._on_change = on_change
         self._skills: dict[str, _Skill] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._watch = Watch(self.refresh, poll_s, "adapters")
 
     def current(self, skill: str) -> LinearHead | None:
         """The newest good version that fits the base that is loaded, or None."""
@@ -101,24 +99,11 @@ class AdapterStore:
 
     async def start(self) -> None:
         """Looks once, then every `poll_s` seconds until `stop`."""
-        await asyncio.to_thread(self.refresh)
-        self._task = asyncio.create_task(self._watch(), name="watch adapters")
+        await self._watch.start()
 
     async def stop(self) -> None:
         """Ends the watch; what is loaded stays."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self._poll_s)
-            try:
-                await asyncio.to_thread(self.refresh)
-            except Exception:  # a disk that went away; it may come back
-                _log.exception("looking for adapters failed", extra={"root": str(self.root)})
+        await self._watch.stop()
 
     def _look(self, skill: str, numbers: list[int], before: _Skill) -> _Skill:
         """The skill's state after a look; `before` is left as it is, for those who read it meanwhile."""
