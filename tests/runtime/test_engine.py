@@ -229,12 +229,12 @@ def test_a_full_queue_answers_overloaded_and_takes_all_or_nothing(tmp_path: Path
 def test_deadlines_end_calls_at_the_door_in_the_queue_and_after_the_run(tmp_path: Path) -> None:
     async def body() -> None:
         recorder = Recorder()
-        made = engine(tmp_path, layers=4, observer=recorder)
+        made = engine(tmp_path, layers=25, observer=recorder)  # a run of a second or so
         with pytest.raises(DeadlineExceeded):
             await made.run([encoded(3)], call(deadline=time.monotonic() - 1))
         busy = await occupied(made, recorder)
         with pytest.raises(DeadlineExceeded) as caught:
-            await made.run([encoded(3)] * 2, call(deadline=time.monotonic() + 0.001))
+            await made.run([encoded(3)] * 2, call(deadline=time.monotonic() + 0.1))
         assert caught.value.metadata == {"stage": "queue"}
         assert recorder.skips == [("expired", 2)]
         await busy
