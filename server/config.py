@@ -30,9 +30,11 @@ from server.settings import (
     Name,
     ProviderConfig,
     RegistryConfig,
+    RolloutConfig,
     RoutingConfig,
     Section,
     SkillConfig,
+    TrainingConfig,
     read_text,
     without_password,
 )
@@ -164,6 +166,8 @@ class Config(Section):
     skills: dict[Name, SkillConfig] = {}
     providers: dict[Name, ProviderConfig] = {}
     routing: RoutingConfig = RoutingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
     budget: BudgetConfig = BudgetConfig()
     lake: LakeConfig = LakeConfig()
     registry: RegistryConfig = RegistryConfig()

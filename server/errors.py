@@ -10,7 +10,8 @@ UnderstudyError
 │   ├── VersionNotFound
 │   ├── SkillNotFound
 │   ├── AdapterNotFound
-│   └── InteractionNotFound
+│   ├── InteractionNotFound
+│   └── JobNotFound
 ├── AlreadyExists
 ├── FailedPrecondition       right request, wrong state
 │   ├── ModelNotLoaded
@@ -101,6 +102,10 @@ class AdapterNotFound(NotFound):
 
 class InteractionNotFound(NotFound):
     reason = "INTERACTION_NOT_FOUND"
+
+
+class JobNotFound(NotFound):
+    reason = "JOB_NOT_FOUND"
 
 
 class AlreadyExists(UnderstudyError):

@@ -85,6 +85,10 @@ class SkillConfig(Section):
     rollout: Literal["auto", "held", "shadow", "canary", "full"] = "auto"
     rollout_percent: Literal[10, 50, 80] = 10  # of a canary: the share of requests that the student may answer
     min_rows: int = Field(default=100, ge=1)  # the trainer refuses fewer
+    # How the student is trained; auto: the cheapest that reaches the bar, from a linear head to a whole model.
+    method: Literal["auto", "linear-head", "lora", "full", "prefix", "prompt"] = "auto"
+    schedule: str = ""  # "daily at 02:30", "weekly", "when 500 new good rows", or five fields of cron; "": by command alone
+    train_budget_s: float = Field(default=3600.0, gt=0)  # most that one job may take, its search included
     max_cost_micro_usd: int | None = Field(default=None, ge=0)  # most that one item may cost, in 1e-6 US dollars; unset: no limit
     max_latency_s: float | None = Field(default=None, gt=0)  # candidates expected to take longer are passed over; unset: no limit
     max_tokens: int = Field(default=512, ge=1)  # most that an answer may have, and so what it may cost
@@ -199,6 +203,34 @@ class LakeConfig(Section):
     path: str = "data/lake"
     flush_s: float = Field(default=10.0, gt=0)  # how often the log is forced to the disk and sealed segments become Parquet
     segment_bytes: int = Field(default=8 * MIB, ge=4096)
+    encrypt: bool = False  # payloads of requests that name a user are kept under a key of that user's; deleting the key erases them
+    retention_days: int | None = Field(default=None, ge=1)  # older rows are deleted by `understudy lake compact`; unset: none are
+    store: str = ""  # where the tables are, e.g. "s3://bucket/lake"; "": under `path`, where the log is in any case
+    store_options_env: dict[str, EnvName] = {}  # options of the store by name, each from an environment variable
+
+
+class TrainingConfig(Section):
+    """The trainer's side of the loop; the server reads it to take orders for jobs, and works on none itself."""
+
+    path: str = "data/training"  # checkpoints, logs and reports, a folder a job
+    poll_s: float = Field(default=2.0, gt=0)  # how often a trainer without work looks for some
+    lease_s: float = Field(default=30.0, gt=0)  # a trainer that has not been heard of for so long has lost its job to the next
+    max_attempts: int = Field(default=3, ge=1)  # trainers that may die over one job before it fails
+    checkpoint_s: float = Field(default=30.0, gt=0)  # longest stretch of training that a death may cost
+    sources: dict[Name, str] = {}  # of a base in the repository: the folder or Hub id of its torch model; "": what its manifest says
+
+
+class RolloutConfig(Section):
+    """When a student takes over and when it goes back; for every skill whose `rollout` is auto. Shares are of requests."""
+
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)  # chance that a wrong step is taken over a stage's whole life, however often one looks
+    margin: float = Field(default=0.02, ge=0, lt=1)  # a student may be so much worse than what it was measured to be
+    min_comparisons: int = Field(default=50, ge=1)  # in a stage, before it can be passed
+    teacher_share: float = Field(default=0.03, ge=0, le=1)  # of what a student answers at 80 % and at full, that the teacher answers too
+    max_error_share: float = Field(default=0.02, ge=0, le=1)  # of the student's answers that fail
+    max_latency_ratio: float = Field(default=2.0, gt=0)  # the student's p95 against the teacher's
+    drift_window: int = Field(default=500, ge=20)  # requests that are compared with those that it was trained on
+    poll_s: float = Field(default=1.0, gt=0)  # how often servers tell each other what they have seen
 
 
 class RegistryConfig(Section):

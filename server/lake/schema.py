@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 INTERACTIONS = "interactions"
 FEEDBACK = "feedback"
-TABLES = (INTERACTIONS, FEEDBACK)
+SHADOWS = "shadows"  # answers that were asked for comparison and came after the interaction was written down
+TABLES = (INTERACTIONS, FEEDBACK, SHADOWS)
 
 # `hops`, `parameters`, `detection`, `tool_calls`, and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars,
-# latencies milliseconds.
+# latencies milliseconds. `role` of a shadow: "student" or "teacher"; `metrics` of feedback: JSON, name to number.
 _COLUMNS: dict[str, dict[str, str]] = {
     INTERACTIONS: {
         "interaction_id": "string",
@@ -79,6 +80,24 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "thumb": "string",
         "correction": "string",
         "comment": "string",
+        "user_hash": "string",
+        "metrics": "string",
+    },
+    SHADOWS: {
+        "interaction_id": "string",
+        "date": "string",
+        "time": "timestamp",
+        "skill": "string",
+        "candidate": "string",
+        "role": "string",
+        "label": "string",
+        "text": "string",
+        "quality": "float",
+        "source_model": "string",
+        "training_allowed": "bool",
+        "cost_micro_usd": "int",
+        "total_ms": "float",
+        "error": "string",
         "user_hash": "string",
     },
 }

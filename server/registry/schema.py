@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text, false
 
 METADATA = MetaData()
 
-# A run of the trainer. `state`: running, succeeded, rejected (trained, not better), failed.
+# A run of the trainer. `state`: queued, running, succeeded, rejected (trained, not better), failed, cancelled. `spec`: JSON, what was asked
+# for; `progress`: JSON, stage to [done, total]; a trainer that holds the lease is `holder`, and writes before `lease_ms` or has lost it.
 JOBS = Table(
     "jobs",
     METADATA,
@@ -14,12 +15,139 @@ JOBS = Table(
     Column("skill", String(128), nullable=False),
     Column("kind", String(32), nullable=False),
     Column("state", String(16), nullable=False),
+    Column("spec", Text, nullable=False, server_default="{}"),
+    Column("progress", Text, nullable=False, server_default="{}"),
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    Column("holder", String(64), nullable=False, server_default=""),
+    Column("lease_ms", BigInteger, nullable=False, server_default="0"),
+    Column("cancel", Boolean, nullable=False, server_default=false()),
+    Column("request_id", String(128), unique=True),
     Column("create_ms", BigInteger, nullable=False),
+    Column("start_ms", BigInteger),
     Column("heartbeat_ms", BigInteger, nullable=False),
     Column("end_ms", BigInteger),
     Column("report", Text, nullable=False, default="{}"),
     Column("error", Text, nullable=False, default=""),
     Index("jobs_by_skill", "skill", "create_ms"),
+    Index("jobs_by_state", "state", "create_ms"),
+)
+
+# What a job said, in order.
+JOB_LOGS = Table(
+    "job_logs",
+    METADATA,
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+# Points of a job's curves, for example ("train/loss", 120, 0.31). A repeated step is written over.
+JOB_METRICS = Table(
+    "job_metrics",
+    METADATA,
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("time_ms", BigInteger, nullable=False),
+)
+
+# When skills are trained without being told to. `spec` as in skills.<name>.schedule; `mark`: JSON, what the last run saw.
+SCHEDULES = Table(
+    "schedules",
+    METADATA,
+    Column("skill", String(128), primary_key=True),
+    Column("spec", String(128), nullable=False),
+    Column("next_ms", BigInteger),
+    Column("last_ms", BigInteger),
+    Column("mark", Text, nullable=False, server_default="{}"),
+)
+
+# Skills as the servers that share this registry know them; `config`: JSON.
+SKILLS = Table(
+    "skills",
+    METADATA,
+    Column("name", String(128), primary_key=True),
+    Column("task", String(64), nullable=False),
+    Column("config", Text, nullable=False),
+    Column("update_ms", BigInteger, nullable=False),
+)
+
+# Models that a job made or that a vendor trained. `kind`: local (a version in the repository) or provider ("openai/ft:...").
+MODELS = Table(
+    "models",
+    METADATA,
+    Column("name", String(256), primary_key=True),
+    Column("version", String(16), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("skill", String(128), nullable=False),
+    Column("base", String(160), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("metrics", Text, nullable=False),
+    Column("job_id", String(32), ForeignKey("jobs.id")),
+    Column("create_ms", BigInteger, nullable=False),
+)
+
+# Which version a skill means by a name: "champion" serves, "challenger" is on its way, "shadow" is compared.
+ALIASES = Table(
+    "aliases",
+    METADATA,
+    Column("skill", String(128), primary_key=True),
+    Column("alias", String(32), primary_key=True),
+    Column("version", String(160), nullable=False),
+    Column("update_ms", BigInteger, nullable=False),
+)
+
+# Where a skill's rollout is. `state`: JSON, its evidence included; `revision` grows with every change, so that of two servers that decide
+# at once one finds that it was late.
+ROLLOUTS = Table(
+    "rollouts",
+    METADATA,
+    Column("skill", String(128), primary_key=True),
+    Column("stage", String(16), nullable=False),
+    Column("percent", Integer, nullable=False),
+    Column("student", String(160), nullable=False),
+    Column("state", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("update_ms", BigInteger, nullable=False),
+)
+
+# The audit trail: every step of every rollout, for ever. `actor`: "auto", or who asked; `evidence`: JSON.
+ROLLOUT_EVENTS = Table(
+    "rollout_events",
+    METADATA,
+    Column("id", String(32), primary_key=True),
+    Column("skill", String(128), nullable=False),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("from_stage", String(32), nullable=False),
+    Column("to_stage", String(32), nullable=False),
+    Column("student", String(160), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("evidence", Text, nullable=False),
+    Index("rollout_events_by_skill", "skill", "time_ms"),
+)
+
+# What one server saw of a rollout since it began its stage: sums that add up over servers. `epoch`: the stage's revision.
+ROLLOUT_EVIDENCE = Table(
+    "rollout_evidence",
+    METADATA,
+    Column("skill", String(128), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("holder", String(32), primary_key=True),
+    Column("sums", Text, nullable=False),
+    Column("update_ms", BigInteger, nullable=False),
+)
+
+# Keys that users' payloads in the lake are sealed with. A user whose `key` is gone is erased, and `erase_ms` says since when.
+USER_KEYS = Table(
+    "user_keys",
+    METADATA,
+    Column("user_hash", String(32), primary_key=True),
+    Column("key", LargeBinary),
+    Column("create_ms", BigInteger, nullable=False),
+    Column("erase_ms", BigInteger),
 )
 
 # What a job trained on: enough to find every adapter that an erased interaction went into. `fingerprint` is the SHA-256 of the sorted ids.
@@ -32,6 +160,7 @@ DATASETS = Table(
     Column("train_rows", Integer, nullable=False),
     Column("held_out_rows", Integer, nullable=False),
     Column("fingerprint", String(64), nullable=False),
+    Column("report", Text, nullable=False, server_default="{}"),
     Column("create_ms", BigInteger, nullable=False),
 )
 
