@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate bench-route wheel install clean
+.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -108,7 +108,7 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 # ---- measurements ------------------------------------------------------------------------------------------------
 
-bench: bench-serve bench-generate bench-route  ## All measurements.
+bench: bench-serve bench-generate bench-route bench-learn  ## All measurements.
 
 bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
@@ -118,6 +118,9 @@ bench-generate: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures g
 
 bench-route: $(READY) $(VENV)/.dev $(STARTER)  ## Measures routing: tasks, difficulty, quality, overhead against LiteLLM, budgets; ARGS="--only overhead".
 	$(BIN)/python -m bench.route $(ARGS)
+
+bench-learn: $(READY) $(VENV)/.dev $(STARTER)  ## Measures the learning loop: lake, training, rollout, the flywheel; ARGS="--only flywheel".
+	$(BIN)/python -m bench.learn $(ARGS)
 
 wheel: $(READY)  ## Builds the wheel into dist/.
 	rm -rf dist/*.whl

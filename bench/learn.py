@@ -1,0 +1,50 @@
+"""`make bench-learn`: measures every bar of the learning loop in one run and prints a row for each.
+
+It writes bench/results/learn.json and exits 0 however it went. Data that only some machines have (SHARED of bench/harness.py) is named by
+the rows that miss it. The teacher of the flywheel is a SIMULATION, and its rows say so.
+
+`--only NAME` (repeatable) measures one; the rows of the others stay as they were, each with the commit it was measured on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from bench.harness import Row, run_measures
+
+# Name -> module and function of bench.measures, imported when they are measured; what each bar asks stands beside it there.
+_MEASURES = {
+    "lossless": ("learn_lake", "lossless"),
+    "recording": ("learn_lake", "recording"),
+    "erasure": ("learn_lake", "erasure"),
+    "accuracy": ("learn_accuracy", "accuracy"),
+    "flywheel": ("learn_flywheel", "flywheel"),
+    "bad_teacher": ("learn_flywheel", "bad_teacher"),
+    "drift": ("learn_flywheel", "drift"),
+    "safety": ("learn_safety", "safety"),
+    "generation": ("learn_generation", "generation"),
+    "resumption": ("learn_resumption", "resumption"),
+}
+
+
+def _later(module: str, function: str) -> Callable[[], Row]:
+    def measure() -> Row:
+        row = getattr(importlib.import_module(f"bench.measures.{module}"), function)()
+        assert isinstance(row, Row)
+        return row
+
+    return measure
+
+
+def main() -> None:
+    """See the module."""
+    run_measures(
+        "learn",
+        {name: (f"see bench/measures/{module}.py", _later(module, function)) for name, (module, function) in _MEASURES.items()},
+        __doc__,
+    )
+
+
+if __name__ == "__main__":
+    main()
