@@ -173,6 +173,7 @@ class ProviderConfig(Section):
     circuit_rest_s: float = Field(default=5.0, gt=0)  # before one request probes it again
     training_allowed: bool = False  # whether the vendor's terms let you train models on its answers; the trainer leaves others out
     prices: dict[str, PriceConfig] = {}  # over those of server/providers/prices.json
+    training_prices: dict[str, Annotated[float, Field(ge=0)]] = {}  # US dollars a million trained tokens; over trainer/hosted/offers.json
 
     @field_validator("base_url")
     @classmethod
