@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import curate
-from trainer.curate import Saying
+from trainer.curate import pipeline as curate
+from trainer.curate.pipeline import Saying
 
 LABELS = {"card", "transfer"}
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.lake import schema, table
+from trainer.curate.rows import Curated, Row, is_held_out, normalised
 
 COLUMNS = ["interaction_id", "time", "input_kind", "input", "teacher_label", "training_allowed", "source_model"]
-# One text in five is held out. By a hash of the text itself, so that no later run, with whatever data, trains on it.
-HELD_OUT_ONE_IN = 5
-
 NO_TEACHER = "no label from a teacher or a person"
 NOT_ALLOWED = "the provider's terms do not allow training (training_allowed)"
 FOREIGN_LABEL = "label is not one of the skill's"
@@ -24,50 +20,11 @@ THUMBS_DOWN = "thumbs down without a correction"
 
 
 @dataclass(slots=True, frozen=True)
-class Row:
-    """One text and its label; `corrected` where a person gave it."""
-
-    interaction_id: str
-    text: str
-    label: str
-    held_out: bool
-    corrected: bool = False
-
-
-@dataclass(slots=True)
-class Curated:
-    """What is left, what fell away and why, and where the teachers' words come from."""
-
-    rows: list[Row] = field(default_factory=list)
-    read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    table_version: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the sorted interaction ids and labels: equal where a run would learn the same again."""
-        lines = sorted(f"{row.interaction_id}\t{row.label}\n" for row in self.rows)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-@dataclass(slots=True, frozen=True)
 class Saying:
     """What people said of one interaction: the last correction and thumb."""
 
     correction: str | None
     thumb: str | None
-
-
-def normalised(text: str) -> str:
-    """Texts that differ only in case, spacing, Unicode form or closing punctuation are one text."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".!?… ")
-
-
-def is_held_out(text: str) -> bool:
-    """Whether a text is for evaluation alone, in this run and in every other."""
-    digest = hashlib.sha256(normalised(text).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def read(lake: Path, skill: str, labels: Iterable[str]) -> Curated:
