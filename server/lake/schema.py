@@ -1,4 +1,4 @@
-"""Columns of the lake's tables. Both tables are partitioned by `date`, the UTC day of `time`.
+"""Columns of the lake's tables, as protos/understudy/v1/interaction.proto has them. All are partitioned by `date`, the UTC day of `time`.
 
 A column may be added, never renamed or given another type: readers of old files get null for it.
 """
@@ -69,6 +69,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "teacher_text": "string",
         "student_text": "string",
         "tenant": "string",
+        "sealed": "string",
     },
     FEEDBACK: {
         "feedback_id": "string",
@@ -82,6 +83,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "comment": "string",
         "user_hash": "string",
         "metrics": "string",
+        "sealed": "string",
     },
     SHADOWS: {
         "interaction_id": "string",
@@ -99,8 +101,38 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "total_ms": "float",
         "error": "string",
         "user_hash": "string",
+        "sealed": "string",
     },
 }
+
+# What a user said or was told: sealed under the user's key where there is one, gone when the user is erased.
+PAYLOADS: dict[str, tuple[str, ...]] = {
+    INTERACTIONS: (
+        "input",
+        "output_text",
+        "labels",
+        "teacher_label",
+        "student_label",
+        "instruction",
+        "parameters",
+        "detection",
+        "tool_calls",
+        "findings",
+        "teacher_text",
+        "student_text",
+    ),
+    FEEDBACK: ("correction", "comment"),
+    SHADOWS: ("label", "text"),
+}
+# Columns that are lists of strings.
+LISTS: dict[str, frozenset[str]] = {
+    table: frozenset(name for name, kind in columns.items() if kind == "strings") for table, columns in _COLUMNS.items()
+}
+
+
+def kinds(table: str) -> dict[str, str]:
+    """A table's columns and what each holds: string, strings, float, floats, int, bool, timestamp."""
+    return dict(_COLUMNS[table])
 
 
 def columns(table: str) -> list[str]:

@@ -10,12 +10,13 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.lake import log, schema
+from server.lake.place import Place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,30 +37,48 @@ def log_folder(lake: Path, table: str) -> Path:
     return lake / "log" / table
 
 
-def open_table(lake: Path, table: str) -> DeltaTable | None:
+def open_table(lake: Path | Place, table: str) -> DeltaTable | None:
     """The Delta table, or None while it has no commit."""
     from deltalake import DeltaTable
 
-    path = lake / table
-    return DeltaTable(str(path)) if DeltaTable.is_deltatable(str(path)) else None
+    place = Place.at(lake)
+    uri, options = place.table(table), dict(place.options)
+    return DeltaTable(uri, storage_options=options) if DeltaTable.is_deltatable(uri, options) else None
 
 
-def read(lake: Path, table: str, *, equals: dict[str, str] | None = None, names: list[str] | None = None) -> pa.Table:
-    """The rows whose columns equal `equals`, with the columns `names` (None: all); an empty table while there is no commit."""
-    import pyarrow.dataset as ds
+def read(
+    lake: Path | Place, table: str, *, equals: Mapping[str, str] | None = None, names: Sequence[str] | None = None, where: Any = None
+) -> pa.Table:
+    """The rows whose columns equal `equals` and that a pyarrow expression `where` lets through, with the columns `names` (None: all).
 
+    A table of an older release lacks columns: they are null. Empty while there is no commit.
+    """
+    wanted = list(names) if names is not None else schema.columns(table)
     found = open_table(lake, table)
     if found is None:
-        empty = schema.arrow_schema(table).empty_table()
-        return empty.select(names) if names else empty
-    where = None
+        return schema.arrow_schema(table).empty_table().select(wanted)
+    return scan(found, table, equals=equals, names=wanted, where=where)
+
+
+def scan(found: DeltaTable, table: str, *, equals: Mapping[str, str] | None = None, names: Sequence[str], where: Any = None) -> pa.Table:
+    """As `read`, of a table that is open, so that several scans see one version."""
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    data = found.to_pyarrow_dataset()
     for name, value in (equals or {}).items():
         term = ds.field(name) == value
         where = term if where is None else where & term
-    return found.to_pyarrow_table(columns=names, filters=where)
+    there = [name for name in names if name in data.schema.names]
+    rows = data.to_table(columns=there, filter=where)
+    whole = schema.arrow_schema(table)
+    columns = [
+        rows[name].cast(whole.field(name).type) if name in there else pa.nulls(rows.num_rows, whole.field(name).type) for name in names
+    ]
+    return pa.table(columns, schema=pa.schema([whole.field(name) for name in names]))
 
 
-def count(lake: Path, table: str) -> int:
+def count(lake: Path | Place, table: str) -> int:
     """Rows in the table, from its log alone."""
     found = open_table(lake, table)
     return int(found.count()) if found is not None else 0

@@ -33,7 +33,7 @@ ALLOWED = {
     "server.providers": {"server.config", "server.settings"},
     "server.quality": {"native"},
     "server.runtime": {"native", "server.config", "server.settings"},
-    "server.lake": {"server.config", "server.settings"},
+    "server.lake": {"server.config", "server.settings", "server.registry"},
     "server.registry": {"server.config", "server.settings"},
     "server": {  # app.py, parts.py, cli.py and commands wire everything
         "server.config", "server.settings", "server.logs", "server.metrics", "server.tracing", "server.api", "server.routing",
