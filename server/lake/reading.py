@@ -32,6 +32,11 @@ _FOR_JOINS = (
     "interaction_id",
     "user_hash",
     "sealed",
+    "time",
+    "student_quality",
+    "student",
+    "student_version",
+    "training_allowed",
     "teacher_label",
     "teacher_text",
     "student_label",
@@ -46,7 +51,7 @@ class LakeReader:
 
     `registry` holds the users' keys; without one it is the configuration's, opened when a row needs it.
 
-    Raises, from every method: Unavailable where the registry is needed and does not answer; FailedPrecondition for payloads that do not open.
+    Every method raises Unavailable where the registry is needed and does not answer, FailedPrecondition for payloads that do not open.
     """
 
     def __init__(self, config: Config, registry: Registry | None = None) -> None:
@@ -75,11 +80,8 @@ class LakeReader:
         unknown = [name for name in wanted if name not in {*schema.columns(INTERACTIONS), *_JOINED}]
         if unknown:
             raise InvalidArgument(f"The lake has no column {unknown[0]!r}; see docs/lake.md for those it has.", field="columns")
-        own = [
-            name
-            for name in schema.columns(INTERACTIONS)
-            if name in {*wanted, *_FOR_JOINS, "time"} or name.startswith(("student", "training"))
-        ]
+        needed = {*wanted, *_FOR_JOINS}
+        own = [name for name in schema.columns(INTERACTIONS) if name in needed]
         rows = self._read(INTERACTIONS, own, skill, since, until, include_erased)
         rows = rows.sort_by([("time", "ascending"), ("interaction_id", "ascending")])
         if not set(wanted).isdisjoint({*_FILLED["teacher"], *_FILLED["student"], "student", "student_version", "training_allowed"}):
@@ -141,7 +143,7 @@ class LakeReader:
             rows = rows.filter(pc.invert(erased))
         sealed = pc.fill_null(pc.equal(rows["sealed"], "v1"), False)
         payloads = [column for column in schema.PAYLOADS[name] if column in rows.column_names]
-        if not payloads or not (gone and include_erased or pc.any(sealed).as_py()):
+        if not payloads or not ((gone and include_erased) or pc.any(sealed).as_py()):
             return rows
         return _opened(name, rows, payloads, keys)
 

@@ -1,8 +1,8 @@
 """Payloads under a user's key (AES-256-GCM): delete the key, and nobody reads them again, in whatever copy.
 
 A sealed value is `enc:v1:` and base64 of nonce (12 bytes), ciphertext and tag (16 bytes). What it is bound to (the additional data) is
-`v1|<table>|<column>|<interaction_id>`, so that no value passes for another's. Of a list the sealed form is a list with one value, which holds
-the list as JSON. Column `sealed` of a row says "v1" where its payload columns are sealed; a text that merely begins so is not taken for one.
+`v1|<table>|<column>|<interaction_id>`, so that no value passes for another's. The sealed form of a list is a list with one value, which
+holds the list as JSON. A row's column `sealed` says "v1" where its payloads are sealed; a text that merely begins so is not taken for one.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _MANY = 500  # names a statement
 
 
 class UserKeys:
-    """Blocking; for threads and other processes, never the event loop. Every method raises Unavailable where the database does not answer."""
+    """Blocking; for threads and other processes, never the event loop. Methods raise Unavailable where the database does not answer."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
