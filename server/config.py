@@ -26,6 +26,7 @@ from server.settings import (
     MIB,
     SKILL_TASKS,
     BudgetConfig,
+    CurationConfig,
     LakeConfig,
     Name,
     ProviderConfig,
@@ -168,6 +169,7 @@ class Config(Section):
     routing: RoutingConfig = RoutingConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    curation: CurationConfig = CurationConfig()
     budget: BudgetConfig = BudgetConfig()
     lake: LakeConfig = LakeConfig()
     registry: RegistryConfig = RegistryConfig()

@@ -221,6 +221,29 @@ class TrainingConfig(Section):
     sources: dict[Name, str] = {}  # of a base in the repository: the folder or Hub id of its torch model; "": what its manifest says
 
 
+class CurationConfig(Section):
+    """What of the lake is worth learning from; docs/curation.md has the steps. The defaults are those that were measured."""
+
+    above_quality: float = Field(default=0.7, ge=0, lt=1)  # answers are kept above it, where their quality is known
+    above_rating: int = Field(default=3, ge=0, le=4)  # answers are kept above it, where a person rated them
+    own_answers: bool = True  # a student's answers that a person liked are learnt from too
+    agreement_bonus: float = Field(default=0.25, ge=0, le=10)  # added to a row's weight where teacher, student or repeated askings agree
+    feedback_bonus: float = Field(default=0.5, ge=0, le=10)  # added where a person liked or corrected the answer
+    licences: dict[str, str] = {}  # of source models: name, or its beginning with "*", to a licence id such as "apache-2.0"
+    allowed_licences: list[str] = []  # licence ids whose models' answers may be learnt from, beyond those that are known to allow it
+    max_text_bytes: int = Field(default=65536, ge=64)  # longer inputs and answers are left out
+    max_rows: int = Field(default=500_000, ge=1)  # the newest are taken
+    split_by: Literal["text", "user"] = "text"  # what is held out: one text in five, or all texts of one user in five
+    pii: Literal["scrub", "drop", "off"] = "scrub"  # personal data: placeholders in their place, the row left out, or left as they are
+    pii_entities: list[str] = ["EMAIL_ADDRESS", "PHONE_NUMBER", "IBAN_CODE", "CREDIT_CARD", "IP_ADDRESS", "URL", "US_SSN"]
+    pii_names_model: Name | Literal[""] = ""  # a token-classification model of the repository that finds names; "": names stay
+    near_duplicates: float = Field(default=0.9, gt=0, le=1)  # Jaccard similarity from which two rows are one; 1: only equal ones
+    label_errors: Literal["drop", "weigh", "off"] = "drop"  # labels that are likely wrong: the row left out, or given less weight
+    label_errors_cap: float = Field(default=0.3, gt=0, lt=1)  # most of the training rows that may be taken for wrong
+    balance: float = Field(default=0.0, ge=0, le=1)  # weights of rare labels: 0 as they come, 1 every label counts the same
+    max_rows_per_label: int | None = Field(default=None, ge=1)  # the best are kept; unset: no limit
+
+
 class RolloutConfig(Section):
     """When a student takes over and when it goes back; for every skill whose `rollout` is auto. Shares are of requests."""
 
