@@ -1,4 +1,7 @@
-"""The registry: jobs, data sets, adapters and idempotency keys in one SQL database. Tables are made on first use."""
+"""The registry: skills, data sets, models, adapters, aliases and idempotency keys in one SQL database. Tables are made on first use.
+
+Jobs, budgets, keys and rollouts have files of their own beside this one, on the same engine.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.errors import FailedPrecondition, Unavailable
+from server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from server.settings import RegistryConfig
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.sql import Executable
+
+    from server.registry.jobs import Job
 
 _BUSY_S = 10.0
 
@@ -35,16 +41,32 @@ class Adapter:
 
 
 @dataclass(slots=True, frozen=True)
-class Job:
-    """A run of the trainer; times in milliseconds since 1970."""
+class ModelRecord:
+    """A model that a job made. `kind`: local (a version in the repository) or provider ("openai/ft:..."); `base`: what it was made of."""
 
-    id: str
+    name: str
+    version: str
+    kind: str
     skill: str
-    state: str
-    create_ms: int
-    end_ms: int | None
-    report: Mapping[str, Any]
-    error: str
+    base: str
+    sha256: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    job_id: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class SkillRecord:
+    """A skill as the servers that share this registry know it."""
+
+    name: str
+    task: str
+    config: Mapping[str, Any]
+    update_ms: int
+
+
+CHAMPION, CHALLENGER, SHADOW = "champion", "challenger", "shadow"
+ALIASES = (CHAMPION, CHALLENGER, SHADOW)
+"""Names for versions of a skill: the one that serves, the one that is on its way, the one that is compared."""
 
 
 class Registry:
@@ -85,15 +107,19 @@ class Registry:
 
     def jobs(self, skill: str) -> list[Job]:
         """A skill's jobs, newest first."""
-        from sqlalchemy import select
+        from server.registry.jobs import JobStore
 
-        from server.registry.schema import JOBS
+        return JobStore(self).find(skill=skill, limit=1000)
 
-        query = select(JOBS).where(JOBS.c.skill == skill).order_by(JOBS.c.create_ms.desc())
-        return [Job(r.id, r.skill, r.state, r.create_ms, r.end_ms, json.loads(r.report), r.error) for r in self._rows(query)]
-
-    def add_dataset(self, job: str, table_version: int, fingerprint: str, rows: Sequence[tuple[str, bool]]) -> str:
-        """Keeps which interactions (id, held out) a job used; returns the data set's id."""
+    def add_dataset(
+        self,
+        job: str,
+        table_version: int,
+        fingerprint: str,
+        rows: Sequence[tuple[str, bool]],
+        report: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Keeps which interactions (id, held out) a job used, and what curation says of them; returns the data set's id."""
         from server.registry.schema import DATASET_ROWS, DATASETS
 
         dataset = secrets.token_hex(16)
@@ -105,9 +131,10 @@ class Registry:
             train_rows=len(rows) - held,
             held_out_rows=held,
             fingerprint=fingerprint,
+            report=json.dumps(dict(report or {})),
             create_ms=_now(),
         )
-        with self._open().begin() as connection:
+        with reaching(), self._open().begin() as connection:
             connection.execute(head)
             values = [{"dataset_id": dataset, "interaction_id": key, "held_out": out} for key, out in rows]
             if values:
@@ -159,6 +186,86 @@ class Registry:
         query = select(ADAPTERS).where(ADAPTERS.c.job_id.in_(jobs))
         return [Adapter(r.skill, r.version, r.kind, r.base, r.sha256, json.loads(r.metrics), r.job_id) for r in self._rows(query)]
 
+    def add_model(self, model: ModelRecord) -> None:
+        """Writes down a model that a job made. Raises AlreadyExists where the version is there already."""
+        from sqlalchemy.exc import IntegrityError
+
+        from server.registry.schema import MODELS
+
+        row = {**_plain(model), "metrics": json.dumps(dict(model.metrics)), "job_id": model.job_id or None, "create_ms": _now()}
+        try:
+            self._write(MODELS.insert().values(**row))
+        except IntegrityError as error:
+            message = f"The registry has version {model.version} of the model {model.name!r} already. Versions are written once."
+            raise AlreadyExists(message, model=model.name, version=model.version) from error
+
+    def models(self, *, skill: str = "", kind: str = "") -> list[ModelRecord]:
+        """Models that jobs made, newest first."""
+        from sqlalchemy import select
+
+        from server.registry.schema import MODELS
+
+        query = select(MODELS).order_by(MODELS.c.create_ms.desc(), MODELS.c.name, MODELS.c.version.desc())
+        query = query.where(MODELS.c.skill == skill) if skill else query
+        query = query.where(MODELS.c.kind == kind) if kind else query
+        return [
+            ModelRecord(r.name, r.version, r.kind, r.skill, r.base, r.sha256, json.loads(r.metrics), r.job_id or "")
+            for r in self._rows(query)
+        ]
+
+    def set_alias(self, skill: str, alias: str, version: str) -> None:
+        """Lets `alias` mean this version from now on, for everybody at once; "" takes the alias away. Raises InvalidArgument."""
+        self.set_aliases(skill, {alias: version})
+
+    def set_aliases(self, skill: str, versions: Mapping[str, str]) -> None:
+        """The same for several aliases in one transaction: a promotion has no moment between. Raises InvalidArgument."""
+        from server.registry.jobs import inserting
+        from server.registry.schema import ALIASES as TABLE
+
+        for alias in versions:
+            if alias not in ALIASES:
+                raise InvalidArgument(f"{alias!r} is no alias; expected one of {', '.join(ALIASES)}.", field="alias")
+        with reaching(), self._open().begin() as connection:
+            for alias, version in sorted(versions.items()):  # in one order, so that two callers do not wait for each other
+                if not version:
+                    connection.execute(TABLE.delete().where(TABLE.c.skill == skill, TABLE.c.alias == alias))
+                    continue
+                row = {"skill": skill, "alias": alias, "version": version, "update_ms": _now()}
+                statement = inserting(connection, TABLE).values(**row)
+                new = {"version": statement.excluded.version, "update_ms": statement.excluded.update_ms}
+                connection.execute(statement.on_conflict_do_update(index_elements=[TABLE.c.skill, TABLE.c.alias], set_=new))
+
+    def aliases(self, skill: str) -> dict[str, str]:
+        """The versions that a skill's aliases mean."""
+        from sqlalchemy import select
+
+        from server.registry.schema import ALIASES as TABLE
+
+        rows = self._rows(select(TABLE.c.alias, TABLE.c.version).where(TABLE.c.skill == skill).order_by(TABLE.c.alias))
+        return {row.alias: row.version for row in rows}
+
+    def keep_skills(self, skills: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+        """Writes down what this process knows of skills: name -> (task, configuration). Others stay as they are."""
+        from server.registry.jobs import inserting
+        from server.registry.schema import SKILLS
+
+        with reaching(), self._open().begin() as connection:
+            for name, (task, config) in sorted(skills.items()):
+                row = {"name": name, "task": task, "config": json.dumps(dict(config), sort_keys=True), "update_ms": _now()}
+                statement = inserting(connection, SKILLS).values(**row)
+                new = {key: statement.excluded[key] for key in ("task", "config", "update_ms")}
+                changed = SKILLS.c.config != statement.excluded.config
+                connection.execute(statement.on_conflict_do_update(index_elements=[SKILLS.c.name], set_=new, where=changed))
+
+    def skills(self) -> list[SkillRecord]:
+        """Skills by name."""
+        from sqlalchemy import select
+
+        from server.registry.schema import SKILLS
+
+        rows = self._rows(select(SKILLS).order_by(SKILLS.c.name))
+        return [SkillRecord(row.name, row.task, json.loads(row.config), row.update_ms) for row in rows]
+
     def feedback_of(self, request_id: str) -> dict[str, Any] | None:
         """The feedback that was kept under a request id, or None."""
         from sqlalchemy import select
@@ -191,25 +298,17 @@ class Registry:
             self._engine.dispose()
 
     def _write(self, statement: Executable) -> None:
-        from sqlalchemy.exc import OperationalError
-
-        try:
-            with self._open().begin() as connection:
-                connection.execute(statement)
-        except OperationalError as error:
-            raise _unreachable(error) from None
+        with reaching(), self._open().begin() as connection:
+            connection.execute(statement)
 
     def _rows(self, query: Any) -> list[Any]:
-        from sqlalchemy.exc import OperationalError
-
-        try:
-            with self._open().connect() as connection:
-                return list(connection.execute(query))
-        except OperationalError as error:
-            raise _unreachable(error) from None
+        with reaching(), self._open().connect() as connection:
+            return list(connection.execute(query))
 
     def _open(self) -> Engine:
         from sqlalchemy import create_engine, event, make_url
+
+        from server.registry.migrate import bring_up
 
         with self._lock:
             if self._engine is not None:
@@ -224,25 +323,14 @@ class Registry:
             engine = create_engine(url, pool_pre_ping=not lite, connect_args={"timeout": _BUSY_S} if lite else {"connect_timeout": 10})
             if lite:
                 event.listen(engine, "connect", _prepare_sqlite)
-            _make_tables(engine)
+            try:
+                with reaching():
+                    bring_up(engine)
+            except BaseException:
+                engine.dispose()
+                raise
             self._engine = engine
             return engine
-
-
-def _make_tables(engine: Engine) -> None:
-    """Makes the tables that are missing. Other processes may do the same: a table that appears meanwhile is theirs, and as good."""
-    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
-
-    from server.registry.schema import METADATA
-
-    # Each failure that says "exists" means that somebody made one more of them, so this ends.
-    for left in reversed(range(2 * len(METADATA.tables) + 1)):
-        try:
-            METADATA.create_all(engine)
-            return
-        except (IntegrityError, OperationalError, ProgrammingError) as error:
-            if not left or "exists" not in str(error.orig):
-                raise _unreachable(error) from None
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -253,10 +341,27 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.close()
 
 
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Around what reaches the database: its failure to answer is Unavailable, in the driver's words only."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise _unreachable(error) from None
+
+
 def _unreachable(error: Exception) -> Unavailable:
     """The driver's words only: SQLAlchemy's would repeat the statement's values."""
     cause = str(getattr(error, "orig", None) or type(error).__name__).strip().splitlines()[0][:300]
     return Unavailable(f"The registry's database does not answer: {cause}. Look at registry.url and at the database.", retry_after_s=5.0)
+
+
+def _plain(record: ModelRecord) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(record)
 
 
 def _now() -> int:

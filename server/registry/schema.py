@@ -1,13 +1,34 @@
-"""Tables of the registry: what must outlive processes and be shared by them. Times are milliseconds since 1970, UTC."""
+"""Tables of the registry: what must outlive processes and be shared by them. Times are milliseconds since 1970, UTC.
+
+A change here needs the same change in migrations/versions: until the next release in its newest file, after it in a new one.
+tests/registry/test_migrations.py says what differs.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text, false
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    false,
+    text,
+)
 
 METADATA = MetaData()
 
 # A run of the trainer. `state`: queued, running, succeeded, rejected (trained, not better), failed, cancelled. `spec`: JSON, what was asked
 # for; `progress`: JSON, stage to [done, total]; a trainer that holds the lease is `holder`, and writes before `lease_ms` or has lost it.
+# `error`: JSON with reason, message, metadata, or "". Two jobs that ask for the same never wait at once: they would read the same rows.
+_WAITS = text("state = 'queued' AND start_ms IS NULL")
 JOBS = Table(
     "jobs",
     METADATA,
@@ -21,7 +42,7 @@ JOBS = Table(
     Column("holder", String(64), nullable=False, server_default=""),
     Column("lease_ms", BigInteger, nullable=False, server_default="0"),
     Column("cancel", Boolean, nullable=False, server_default=false()),
-    Column("request_id", String(128), unique=True),
+    Column("request_id", String(128)),
     Column("create_ms", BigInteger, nullable=False),
     Column("start_ms", BigInteger),
     Column("heartbeat_ms", BigInteger, nullable=False),
@@ -30,6 +51,8 @@ JOBS = Table(
     Column("error", Text, nullable=False, default=""),
     Index("jobs_by_skill", "skill", "create_ms"),
     Index("jobs_by_state", "state", "create_ms"),
+    Index("jobs_by_request", "request_id", unique=True),
+    Index("jobs_that_wait", "skill", "kind", "spec", unique=True, sqlite_where=_WAITS, postgresql_where=_WAITS),
 )
 
 # What a job said, in order.
@@ -53,12 +76,14 @@ JOB_METRICS = Table(
     Column("time_ms", BigInteger, nullable=False),
 )
 
-# When skills are trained without being told to. `spec` as in skills.<name>.schedule; `mark`: JSON, what the last run saw.
+# When skills are trained without being told to. `spec` as in skills.<name>.schedule, or "" for never; `origin`: configuration, or command,
+# which wins; `next_ms`: when it is due (unset where rows decide); `last_ms`: when it last made a job; `mark`: JSON, what was seen then.
 SCHEDULES = Table(
     "schedules",
     METADATA,
     Column("skill", String(128), primary_key=True),
     Column("spec", String(128), nullable=False),
+    Column("origin", String(16), nullable=False, server_default="configuration"),
     Column("next_ms", BigInteger),
     Column("last_ms", BigInteger),
     Column("mark", Text, nullable=False, server_default="{}"),

@@ -44,7 +44,7 @@ def test_a_jobs_life(registry: Registry, tmp_path: Path) -> None:
     registry.add_adapter(adapter(skill, "1", job))
     registry.end_job(job, "succeeded", report={"accuracy": 0.9})
     (found,) = registry.jobs(skill)
-    assert (found.state, found.report, found.error) == ("succeeded", {"accuracy": 0.9}, "")
+    assert (found.state, found.report, found.error) == ("succeeded", {"accuracy": 0.9}, None)
     assert found.end_ms is not None and found.end_ms >= found.create_ms
     assert [one.version for one in registry.adapters(skill)] == ["1"]
     assert [one.version for one in registry.adapters_with(f"{skill}-2")] == ["1"]
