@@ -42,7 +42,7 @@ class Order:
 
 @dataclass(slots=True, frozen=True)
 class HostedJob:
-    """The vendor's job. `result`: the model's name at the vendor, once it succeeded; `trained_tokens`: what is charged; `error`: its code."""
+    """The vendor's job. `result`: the model's name there, once it succeeded; `trained_tokens`: what is charged; `error`: its code."""
 
     id: str
     state: HostedState

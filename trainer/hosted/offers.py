@@ -46,12 +46,16 @@ class Offer:
         found = []
         if self.ends is not None:
             left = (self.ends - today).days
-            found.append(f"The vendor's fine-tuning ends: no new jobs from {self.ends} on, in {left} days. Nothing can be trained again then.")
+            found.append(
+                f"The vendor's fine-tuning ends: no new jobs from {self.ends} on, in {left} days. Nothing can be trained again then."
+            )
         if dies is not None:
             found.append(f"Fine-tunes of {_family(model)} stop answering on {dies}, in {(dies - today).days} days.")
         if self.closed_to_new is not None and today >= self.closed_to_new:
             inactive = f", to those inactive since {self.closed_to_inactive}" if self.closed_to_inactive else ""
-            found.append(f"It is closed to organisations that are new to it since {self.closed_to_new}{inactive}: such get HTTP status 403.")
+            found.append(
+                f"It is closed to organisations that are new to it since {self.closed_to_new}{inactive}: such get HTTP status 403."
+            )
         return found
 
     def price(self, model: str, config: ProviderConfig) -> float:
@@ -98,7 +102,9 @@ def estimate(examples: int, content_bytes: int, messages: int, epochs: int, per_
     framing = _TOKENS_PER_MESSAGE * messages
     tokens = content_bytes // _BYTES_PER_TOKEN + framing
     worst = content_bytes + framing
-    return Estimate(examples, tokens, epochs, per_million_usd, cost(tokens * epochs, per_million_usd), cost(worst * epochs, per_million_usd))
+    return Estimate(
+        examples, tokens, epochs, per_million_usd, cost(tokens * epochs, per_million_usd), cost(worst * epochs, per_million_usd)
+    )
 
 
 def cost(tokens: int, per_million_usd: float) -> int:

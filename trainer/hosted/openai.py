@@ -138,8 +138,8 @@ class OpenAITrainer:
         status = found.metadata.get("status", "")
         if status == "403":
             message = (
-                f"{self.name} refuses fine-tuning to this organisation (HTTP status 403). OpenAI has closed it to organisations that are new "
-                f"to it. {LOCAL}"
+                f"{self.name} refuses fine-tuning to this organisation (HTTP status 403). OpenAI has closed it to organisations that are "
+                f"new to it. {LOCAL}"
             )
             return _same(FailedPrecondition(message), found)
         if status in ("400", "404", "422"):
