@@ -17,7 +17,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from trainer.train import Report
+    from server.config import Config
+    from trainer.report import Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,14 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     from server.config import load_config
     from server.errors import UnderstudyError
-    from trainer.train import train as run
 
     # An end from outside is an exception like any other, so that the job is closed as failed and not left running for ever.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(options.config, flags=dict(_pair(parser, text) for text in options.set))
         with _Bars() as progress:
-            report = run(config, options.skill, progress)
+            report = _run(config, options.skill, progress)
     except UnderstudyError as error:
         print(f"understudy train: {error.message}", file=sys.stderr)
         return 1
@@ -55,6 +55,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if report.state == "succeeded" else 3
 
 
+def _run(config: Config, skill: str, progress: _Bars) -> Report:
+    """One job, from its row in the registry to its end."""
+    import tempfile
+    from contextlib import suppress
+    from pathlib import Path
+
+    from server.errors import UnderstudyError
+    from server.registry.registry import Registry
+    from trainer.context import JobContext
+    from trainer.train import train
+
+    registry = Registry(config.registry)
+    job = registry.start_job(skill, "train")
+    try:
+        with tempfile.TemporaryDirectory(prefix="understudy-job-") as folder:
+            report = train(config, skill, JobContext(job, Path(folder), progress=progress), {})
+    except BaseException as error:
+        text = error.message if isinstance(error, UnderstudyError) else type(error).__name__
+        with suppress(UnderstudyError):
+            registry.end_job(job, "failed", error=text)
+        raise
+    registry.end_job(job, report.state, report=asdict(report))
+    registry.close()
+    return report
+
+
 def in_words(report: Report) -> str:
     """The report for people."""
     lines = [f"{report.skill}: {report.read} rows read from the lake"]
@@ -64,7 +90,7 @@ def in_words(report: Report) -> str:
         lines.append(f"  labels that no row has, and the student cannot give: {', '.join(report.labels_without_rows[:10])}")
     metrics = report.metrics
     lines += [
-        f"linear head on {report.base}, {report.labels} labels, C = {report.strength:g}, temperature {report.temperature:.2f}",
+        f"{report.method} on {report.base}, {report.labels} labels",
         f"  agrees with the teacher on {metrics['accuracy']:.1%} of the held-out rows (calibration error {metrics['ece']:.3f})",
         f"  {metrics['local_share']:.1%} of them reach the bar; of those it agrees on {metrics['local_accuracy']:.1%}",
     ]

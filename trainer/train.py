@@ -1,275 +1,41 @@
-"""One training run of a skill, from the lake to a published adapter: curate, embed, fit, write, evaluate the file, publish."""
+"""One training job of a skill, whatever its task: rows of the lake go in; where it is better than what serves, a new version comes out."""
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from server.config import Config
-from server.core import FloatArray, IntArray
-from server.errors import AlreadyExists, FailedPrecondition, SkillNotFound, TooLittleData, UnderstudyError, near_names
-from server.quality.calibration import MIN_ROWS
-from server.registry.registry import Adapter, Registry
-from server.runtime.adapters import AdapterStore
-from server.runtime.heads import GRAPH, HeadSpec, LinearHead, write_linear_head
-from trainer import curate, evaluate, linear
-from trainer.curate import Curated, Row
-from trainer.evaluate import Evaluation
-from trainer.serving import ServedBase
+from server.errors import InvalidArgument, SkillNotFound, near_names
+from trainer.context import JobContext
+from trainer.report import Report
 
-KIND = "linear-head"
-# With one row alone a label can be trained on or checked, not both.
-MIN_ROWS_A_LABEL = 2
+CLASSIFYING = ("text-classification", "zero-shot-classification")
+ENCODING = ("token-classification", "text-ranking", "sentence-similarity", "feature-extraction")
+WRITING = ("text-generation", "translation", "summarization", "question-answering", "table-question-answering", "fill-mask")
 
 
-class Progress(Protocol):
-    """Shows how far a stage is."""
+def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any]) -> Report:
+    """Trains a student by the method that fits the skill's task, proves it and publishes it.
 
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-
-@dataclass(slots=True)
-class Report:
-    """What a run did. `state`: "succeeded" (published), "rejected" (trained, and `reason` says why it was not published)."""
-
-    skill: str
-    job: str
-    state: str = "running"
-    reason: str = ""
-    version: str = ""
-    base: str = ""
-    read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, int] = field(default_factory=dict)
-    train_rows: int = 0
-    held_out_rows: int = 0
-    labels: int = 0
-    labels_without_rows: list[str] = field(default_factory=list)
-    strength: float = 0.0
-    temperature: float = 1.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    present_version: str = ""
-    present_accuracy: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True, frozen=True)
-class _Data:
-    """Embedded rows: vectors float32[n, H], labels and texts' fate by index."""
-
-    rows: list[Row]
-    vectors: FloatArray
-    held_out: np.ndarray[Any, np.dtype[np.bool_]]
-    labels: list[str]
-
-    def classes(self) -> IntArray:
-        index = {label: number for number, label in enumerate(self.labels)}
-        return np.array([index[row.label] for row in self.rows], dtype=np.int64)
-
-
-def train(config: Config, skill: str, progress: Progress) -> Report:
-    """Runs the whole of it.
+    `spec` says what this job does otherwise than the skill's settings: "method", "seed", "search", "hub_repo". The job's row in the
+    registry (`context.job`) must be there: versions and data sets refer to it.
 
     Raises:
-        SkillNotFound, FailedPrecondition: no such skill, or one without a base.
+        SkillNotFound, FailedPrecondition: no such skill, or something is missing that it needs.
         TooLittleData: with the count and the minimum.
+        InvalidArgument: an unknown method or a base that does not fit; says what is allowed.
+        Cancelled: somebody cancelled the job.
     """
     settings = config.skills.get(skill)
     if settings is None:
         raise SkillNotFound(f"There is no skill {skill!r} in the configuration; {near_names(skill, list(config.skills))}", skill=skill)
-    if not settings.base:
-        message = f"The skill {skill!r} has no base to learn on. Set skills.{skill}.base to an embedding model of the repository."
-        raise FailedPrecondition(message, skill=skill)
-    if find_spec("scipy") is None:
-        raise FailedPrecondition(
-            "Training needs scipy, which is not installed. Run: pip install 'understudy-server[learn]'", package="scipy"
-        )
-    registry = Registry(config.registry)
-    job = registry.start_job(skill, KIND)
-    report = Report(skill, job)
-    try:
-        asyncio.run(_Run(config, skill, registry, report, progress).run())
-    except BaseException as error:
-        text = error.message if isinstance(error, UnderstudyError) else type(error).__name__
-        with suppress(UnderstudyError):
-            registry.end_job(job, "failed", report=_plain(report), error=text)
-        raise
-    registry.end_job(job, report.state, report=_plain(report))
-    registry.close()
-    return report
-
-
-class _Run:
-    def __init__(self, config: Config, skill: str, registry: Registry, report: Report, progress: Progress) -> None:
-        self._config = config
-        self._settings = config.skills[skill]
-        self._skill = skill
-        self._registry = registry
-        self._report = report
-        self._progress = progress
-        self._adapters = Path(config.models.path) / "adapters"
-        self._present_lineage: Mapping[str, Any] = {}
-
-    async def run(self) -> None:
-        report = self._report
-        known = self._settings.read_labels()
-        with _timed(report, "curate"):
-            curated = curate.read(Path(self._config.lake.path), self._skill, known)
-        self._note(curated)
-        rows = self._enough(curated)
-        base = await ServedBase.open(self._config, self._settings.base)
-        try:
-            report.base = f"{base.base.name}@{base.base.version}"
-            with _timed(report, "embed"):
-                data = await self._embed(base, rows, known)
-            self._registry.heartbeat(report.job)
-            with _timed(report, "fit"):
-                fitted, temperature = self._fit(data)
-            self._registry.heartbeat(report.job)
-            spec = self._spec(base, data, temperature)
-            with _timed(report, "evaluate"):
-                judged = self._evaluate(spec, fitted, data, base)
-            used = [(row.interaction_id, bool(out)) for row, out in zip(data.rows, data.held_out, strict=True)]
-            self._registry.add_dataset(report.job, curated.table_version, curated.fingerprint, used)
-            lineage = {"job": report.job, "fingerprint": curated.fingerprint, "table_version": curated.table_version}
-            lineage |= {"sources": dict(curated.sources), "train_rows": report.train_rows, "skill_labels": known}
-            metrics, calibration = judged.metrics(), judged.calibration.to_json()
-            final = spec.model_copy(update={"metrics": metrics, "calibration": calibration, "lineage": lineage})
-            self._decide(final, fitted, judged)
-        finally:
-            await base.close()
-
-    def _note(self, curated: Curated) -> None:
-        report = self._report
-        report.read = curated.read
-        report.dropped = dict(curated.dropped)
-        report.sources = dict(curated.sources)
-
-    def _enough(self, curated: Curated) -> list[Row]:
-        """The rows of labels that have some in both parts. Raises TooLittleData."""
-        train = Counter(row.label for row in curated.rows if not row.held_out)
-        rows = [row for row in curated.rows if train[row.label] >= MIN_ROWS_A_LABEL]
-        rare = len(curated.rows) - len(rows)
-        if rare:
-            self._report.dropped["label has too few rows"] = rare
-        minimum = self._settings.min_rows
-        held = sum(row.held_out for row in rows)
-        dropped = "; ".join(f"{count} rows: {why}" for why, count in self._report.dropped.items()) or "none were dropped"
-        for count, least, what in ((len(rows), minimum, "rows"), (held, MIN_ROWS, "held-out rows"), (len(set(train)), 2, "labels")):
-            if count < least:
-                message = f"{self._skill!r} has {count} {what} to learn from; {least} are needed ({curated.read} were read, {dropped})."
-                raise TooLittleData(f"{message} Let more traffic pass, or lower min_rows.", count=count, minimum=least, skill=self._skill)
-        return rows
-
-    async def _embed(self, base: ServedBase, rows: list[Row], known: list[str]) -> _Data:
-        vectors, kept, errors = await base.embed([row.text for row in rows], lambda done, total: self._progress("embed", done, total))
-        for error in errors:
-            reason = f"the base refuses the text ({error.reason})"
-            self._report.dropped[reason] = self._report.dropped.get(reason, 0) + 1
-        left = [rows[index] for index in kept]
-        present = {row.label for row in left}
-        labels = [label for label in known if label in present]
-        held_out = np.array([row.held_out for row in left], dtype=bool)
-        report = self._report
-        report.train_rows, report.held_out_rows = int((~held_out).sum()), int(held_out.sum())
-        report.labels, report.labels_without_rows = len(labels), [label for label in known if label not in present]
-        return _Data(left, vectors, held_out, labels)
-
-    def _fit(self, data: _Data) -> tuple[linear.Fitted, float]:
-        classes, train = data.classes(), ~data.held_out
-        fitted = linear.fit(
-            data.vectors[train], classes[train], len(data.labels), progress=lambda done, total: self._progress("fit", done, total)
-        )
-        logits = fitted.logits(data.vectors[data.held_out])
-        temperature = linear.temperature(logits, classes[data.held_out])
-        self._report.strength, self._report.temperature = fitted.strength, temperature
-        return fitted, temperature
-
-    def _spec(self, base: ServedBase, data: _Data, temperature: float) -> HeadSpec:
-        return HeadSpec(
-            name=self._skill,
-            version="1",
-            base=base.base,
-            features=base.features,
-            labels=data.labels,
-            temperature=temperature,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-
-    def _evaluate(self, spec: HeadSpec, fitted: linear.Fitted, data: _Data, base: ServedBase) -> Evaluation:
-        """Writes the file, and judges what was written."""
-        vectors = data.vectors[data.held_out]
-        labels = [row.label for row in data.rows if row.held_out]
-        with tempfile.TemporaryDirectory() as folder:
-            draft = Path(folder) / "draft"
-            write_linear_head(draft, spec, fitted.weight, fitted.bias)
-            judged = evaluate.evaluate(LinearHead.load(draft, base_sha256=base.base.sha256), vectors, labels, self._settings.deliver_bar)
-        self._report.metrics = judged.metrics()
-        present = self._present(base)
-        if present is not None:
-            _, right = evaluate.agreement(present, vectors, labels)
-            self._present_lineage = present.manifest.lineage
-            self._report.present_version = present.manifest.version
-            self._report.present_accuracy = float(right.mean())
-        return judged
-
-    def _present(self, base: ServedBase) -> LinearHead | None:
-        store = AdapterStore(self._adapters, base_sha256=lambda name: base.base.sha256 if name == base.name else None)
-        store.refresh()
-        return store.current(self._skill)
-
-    def _decide(self, spec: HeadSpec, fitted: linear.Fitted, judged: Evaluation) -> None:
-        report = self._report
-        same = ("fingerprint", "skill_labels")
-        if self._present_lineage and all(self._present_lineage.get(key) == spec.lineage[key] for key in same):
-            report.reason = f"version {report.present_version} was made of the same rows. Let new traffic pass."
-        else:
-            report.reason = evaluate.verdict(judged, report.present_accuracy, self._settings.deliver_bar)
-        if report.reason:
-            report.state = "rejected"
-            return
-        manifest = None
-        while manifest is None:
-            number = 1 + max((int(path.name) for path in self._folder().glob("[0-9]*") if path.name.isdigit()), default=0)
-            versioned = spec.model_copy(update={"version": str(number)})
-            with suppress(AlreadyExists):  # another run took the number
-                manifest = write_linear_head(self._folder() / str(number), versioned, fitted.weight, fitted.bias)
-        digest = manifest.files[GRAPH].sha256
-        base = f"{spec.base.name}@{spec.base.version}"
-        self._registry.add_adapter(Adapter(self._skill, manifest.version, KIND, base, digest, judged.metrics(), report.job))
-        report.state, report.version = "succeeded", manifest.version
-
-    def _folder(self) -> Path:
-        folder = self._adapters / self._skill
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-
-class _timed:
-    """Seconds of a stage, into the report."""
-
-    def __init__(self, report: Report, stage: str) -> None:
-        self._report = report
-        self._stage = stage
-
-    def __enter__(self) -> None:
-        self._report.seconds[self._stage] = -asyncio.get_running_loop().time()
-
-    def __exit__(self, *_: object) -> None:
-        self._report.seconds[self._stage] += asyncio.get_running_loop().time()
-
-
-def _plain(report: Report) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(report)
+    if settings.task in CLASSIFYING:
+        from trainer.classify.run import train as run
+    elif settings.task in ENCODING:
+        from trainer.encoders.run import train as run
+    elif settings.task in WRITING:
+        from trainer.generation.run import train as run
+    else:
+        raise InvalidArgument(f"No student is trained for the task {settings.task!r}; {', '.join(CLASSIFYING + ENCODING + WRITING)} are.")
+    return run(config, skill, context, spec)

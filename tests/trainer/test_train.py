@@ -23,8 +23,9 @@ from server.lake.schema import INTERACTIONS
 from server.quality.calibration import Calibration
 from server.registry.registry import Registry
 from server.runtime.adapters import AdapterStore
-from trainer import curate
-from trainer.train import Report, train
+from trainer.curate import pipeline as curate
+from trainer.report import Report
+from trainer.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = {
@@ -32,10 +33,6 @@ WORDS = {
     "password": ["password", "reset", "how", "i"],
     "transfer": ["money", "transfer", "late", "where"],
 }
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def texts(count: int, seed: int) -> list[tuple[str, str]]:
@@ -83,8 +80,20 @@ def config(workplace: Path) -> Config:
     return load_config(workplace / "understudy.toml", environ={})
 
 
-def run(workplace: Path) -> Report:
-    return train(config(workplace), "intent", quiet)
+def run(workplace: Path, skill: str = "intent", **spec: object) -> Report:
+    """A job as the trainer's worker runs it: its row is there before, and ends with it."""
+    registry = Registry(config(workplace).registry)
+    job = registry.start_job(skill, "train")
+    try:
+        report = train(config(workplace), skill, JobContext(job, workplace / "jobs" / job), spec)
+    except BaseException:
+        registry.end_job(job, "failed")
+        raise
+    else:
+        registry.end_job(job, report.state, report=report.to_json())
+    finally:
+        registry.close()
+    return report
 
 
 def test_a_good_student_is_published_and_a_worse_one_is_not(workplace: Path) -> None:
@@ -157,9 +166,9 @@ def test_too_little_data_says_how_much_and_why(workplace: Path) -> None:
 
 def test_what_cannot_be_trained_is_refused(workplace: Path) -> None:
     with pytest.raises(SkillNotFound, match="'intent'"):
-        train(config(workplace), "intnt", quiet)
+        run(workplace, "intnt")
     with pytest.raises(FailedPrecondition, match="base"):
-        train(config(workplace), "baseless", quiet)
+        run(workplace, "baseless")
     fill(workplace / "lake", texts(300, 3))
     model = workplace / "models" / "embedder" / "1" / "model.onnx"
     model.chmod(0o644)
