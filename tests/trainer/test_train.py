@@ -23,6 +23,7 @@ from server.lake.schema import INTERACTIONS
 from server.quality.calibration import Calibration
 from server.registry.registry import Registry
 from server.runtime.adapters import AdapterStore
+from trainer.context import JobContext
 from trainer.curate import pipeline as curate
 from trainer.report import Report
 from trainer.train import train
