@@ -231,6 +231,7 @@ class CurationConfig(Section):
     feedback_bonus: float = Field(default=0.5, ge=0, le=10)  # added where a person liked or corrected the answer
     licences: dict[str, str] = {}  # of source models: name, or its beginning with "*", to a licence id such as "apache-2.0"
     allowed_licences: list[str] = []  # licence ids whose models' answers may be learnt from, beyond those that are known to allow it
+    licence_is_enough: bool = False  # such a licence will do, also where the provider's training_allowed is false
     max_text_bytes: int = Field(default=65536, ge=64)  # longer inputs and answers are left out
     max_rows: int = Field(default=500_000, ge=1)  # the newest are taken
     split_by: Literal["text", "user"] = "text"  # what is held out: one text in five, or all texts of one user in five

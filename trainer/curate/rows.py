@@ -19,11 +19,13 @@ _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 class Row:
     """One input and the answer that is wanted; `corrected` where a person gave it.
 
-    `text`: the input as plain text. `label`: of tasks that classify, else "". `answer`: the wanted answer as text (of classifiers the
-    label); "" where all that is known is that `rejected` is not wanted: such rows have `thumb` "down" and are for KTO alone.
-    `rejected`: an answer that a person put down or corrected; with `answer` it makes a pair for DPO. `messages`: (role, content) of the
-    conversation without the answer. `thumb`: what a person said of the answer as delivered, "up", "down" or "". `weight` > 0: how much
-    the row counts in training, 1 on average for an ordinary one. `group`: whose row it is (a user's hash), "" where nobody is named.
+    `text`: the input as the lake has it: a text as it is, a pair as JSON {"text", "text_pair"}, of a conversation the last user's words.
+    `label`: of tasks that classify, else "". `answer`: the wanted answer as text (of classifiers the label); "" where all that is known
+    is that `rejected` is not wanted: such rows are for KTO alone. `rejected`: an answer that a person put down or corrected; with
+    `answer` it makes a pair for DPO. `messages`: (role, content) of what the caller sent, without the skill's instruction and without the
+    answer; trainer.curate.asking.conversation adds what the model is told. `thumb`: what a person said of the delivered answer, "up",
+    "down" or "". `weight` > 0: how much the row counts in training; an ordinary one has 1. `group`: whose row it is (a user's hash), ""
+    where nobody is named. `instruction`, `parameters`: what the request said beyond the skill.
     """
 
     interaction_id: str
@@ -38,6 +40,8 @@ class Row:
     weight: float = 1.0
     time: datetime = _BEGINNING
     group: str = ""
+    instruction: str = ""
+    parameters: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)
