@@ -1,4 +1,7 @@
-"""`python -m trainer train SKILL`: one training run. Exit code 0: published; 3: trained, not better, not published; 1: an error."""
+"""`python -m trainer work` works on jobs, `python -m trainer train SKILL` runs one at once.
+
+Exit codes of train: 0: published; 3: trained, not better, not published; 1: an error.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 # Read by OpenBLAS when NumPy is first imported. Its threads spin while they wait: beside a busy server on few cores a product of these
 # sizes takes thirty times as long with two of them as with one.
@@ -19,66 +22,99 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from server.config import Config
     from trainer.report import Report
+    from trainer.work import Ended
+
+REJECTED_CODE = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    train = verbs.add_parser("train", help="train a skill's student from what the lake holds")
-    train.add_argument("skill")
-    train.add_argument("--config", help="TOML file, as for the server")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
-    train.add_argument("--json", metavar="PATH", help='write the report there as JSON; "-" prints it')
+    parser = _parser()
     options = parser.parse_args(arguments)
 
     from server.config import load_config
     from server.errors import UnderstudyError
 
-    # An end from outside is an exception like any other, so that the job is closed as failed and not left running for ever.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         config = load_config(options.config, flags=dict(_pair(parser, text) for text in options.set))
-        with _Bars() as progress:
-            report = _run(config, options.skill, progress)
+        return _work(config, options) if options.verb == "work" else _train(config, options)
     except UnderstudyError as error:
-        print(f"understudy train: {error.message}", file=sys.stderr)
+        print(f"understudy {options.verb}: {error.message}", file=sys.stderr)
         return 1
-    text = json.dumps(asdict(report), indent=2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="train a skill's student from what the lake holds, here and now")
+    train.add_argument("skill")
+    train.add_argument("--kind", default="train", help="train, assess or finetune")
+    train.add_argument("--spec", default="{}", metavar="JSON", help='what the job does otherwise than the skill says: {"method": "lora"}')
+    train.add_argument("--json", metavar="PATH", help='write the report there as JSON; "-" prints it')
+    work = verbs.add_parser("work", help="work on the jobs of the registry, and make those that schedules ask for, until SIGTERM")
+    work.add_argument("--once", action="store_true", help="end when no job is left")
+    for one in (train, work):
+        one.add_argument("--config", help="TOML file, as for the server")
+        one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
+    return parser
+
+
+def _work(config: Config, options: argparse.Namespace) -> int:
+    from server.logs import configure
+    from trainer.work import Worker
+
+    configure(config.log)
+    worker = Worker(config)
+
+    def on_signal(number: int, _frame: object) -> None:
+        worker.stop()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once; its lease will tell the others
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    worker.work(once=options.once)
+    return 0
+
+
+def _train(config: Config, options: argparse.Namespace) -> int:
+    # An end from outside is an exception like any other, so that the job is closed and not left running for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with _Bars() as progress:
+        ended = _run(config, options, progress)
+    if ended.report is None:
+        said = ended.error.message if ended.error is not None else f"job {ended.job} was {ended.state}"
+        print(f"understudy train: {said}", file=sys.stderr)
+        return 1
+    text = json.dumps(ended.report.to_json(), indent=2)
     if options.json == "-":
         print(text)
     else:
-        print(in_words(report))
+        print(in_words(ended.report))
+        print(f"job {ended.job}; its page: {config.training.path}/{ended.job}/report.html")
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
-    return 0 if report.state == "succeeded" else 3
+    return 0 if ended.state == "succeeded" else REJECTED_CODE
 
 
-def _run(config: Config, skill: str, progress: _Bars) -> Report:
+def _run(config: Config, options: argparse.Namespace, progress: _Bars) -> Ended:
     """One job, from its row in the registry to its end."""
-    import tempfile
-    from contextlib import suppress
-    from pathlib import Path
-
-    from server.errors import UnderstudyError
+    from server.registry.job_requests import checked_spec
+    from server.registry.jobs import JobStore
     from server.registry.registry import Registry
-    from trainer.context import JobContext
-    from trainer.train import train
+    from trainer.work import new_holder, run_job
 
-    registry = Registry(config.registry)
-    job = registry.start_job(skill, "train")
+    spec = checked_spec(config, options.skill, options.kind, json.loads(options.spec))
+    registry, holder = Registry(config.registry), new_holder()
+    store = JobStore(registry)
     try:
-        with tempfile.TemporaryDirectory(prefix="understudy-job-") as folder:
-            report = train(config, skill, JobContext(job, Path(folder), progress=progress), {})
-    except BaseException as error:
-        text = error.message if isinstance(error, UnderstudyError) else type(error).__name__
-        with suppress(UnderstudyError):
-            registry.end_job(job, "failed", error=text)
+        job = store.begin(options.skill, options.kind, spec, holder, config.training.lease_s)
+        return run_job(config, store, job, threading.Event(), progress)
+    except BaseException:  # a signal; whoever ran it by hand does not want another trainer to take it up
+        store.abandon(holder)
         raise
-    registry.end_job(job, report.state, report=asdict(report))
-    registry.close()
-    return report
+    finally:
+        registry.close()
 
 
 def in_words(report: Report) -> str:
@@ -88,21 +124,25 @@ def in_words(report: Report) -> str:
     lines.append(f"  = {report.train_rows + report.held_out_rows:6d}  used: {report.train_rows} to train, {report.held_out_rows} held out")
     if report.labels_without_rows:
         lines.append(f"  labels that no row has, and the student cannot give: {', '.join(report.labels_without_rows[:10])}")
-    metrics = report.metrics
-    lines += [
-        f"{report.method} on {report.base}, {report.labels} labels",
-        f"  agrees with the teacher on {metrics['accuracy']:.1%} of the held-out rows (calibration error {metrics['ece']:.3f})",
-        f"  {metrics['local_share']:.1%} of them reach the bar; of those it agrees on {metrics['local_accuracy']:.1%}",
-    ]
+    lines.append(f"{report.method} on {report.base}" + (f", {report.labels} labels" if report.labels else ""))
+    lines += _figures(report.metrics)
     if report.present_accuracy is not None:
         lines.append(f"  the present student, version {report.present_version}, agrees on {report.present_accuracy:.1%}")
-    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())
-    lines.append(f"  {seconds}")
+    lines.append("  " + ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items()))
     if report.state == "succeeded":
         lines.append(f"published as version {report.version}; a running server takes it over by itself")
     else:
         lines.append(f"not published: {report.reason}")
     return "\n".join(lines)
+
+
+def _figures(metrics: dict[str, float]) -> list[str]:
+    if not {"accuracy", "ece", "local_share", "local_accuracy"} <= set(metrics):
+        return [f"  {name} {value:.4g}" for name, value in sorted(metrics.items())]
+    return [
+        f"  agrees with the teacher on {metrics['accuracy']:.1%} of the held-out rows (calibration error {metrics['ece']:.3f})",
+        f"  {metrics['local_share']:.1%} of them reach the bar; of those it agrees on {metrics['local_accuracy']:.1%}",
+    ]
 
 
 class _Bars:
@@ -113,7 +153,7 @@ class _Bars:
         from rich.progress import Progress
 
         self._progress = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Bars:
         self._progress.start()
@@ -125,9 +165,7 @@ class _Bars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total)
-        from rich.progress import TaskID
-
-        self._progress.update(TaskID(self._tasks[stage]), completed=done, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
 def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:

@@ -228,6 +228,16 @@ class JobStore:
 
         return self._fenced(job, holder, {"state": QUEUED, "holder": "", "lease_ms": 0, "attempt": JOBS.c.attempt - 1})
 
+    def abandon(self, holder: str) -> None:
+        """Ends what this holder runs as cancelled: its process is about to end, and nobody is to take the job up."""
+        from sqlalchemy import update
+
+        from server.registry.schema import JOBS
+
+        ended = {"state": CANCELLED, "end_ms": self.clock(), "holder": ""}
+        with reaching(), self._registry.engine().begin() as connection:
+            connection.execute(update(JOBS).where(JOBS.c.holder == holder, JOBS.c.state == RUNNING).values(**ended))
+
     def logs(self, job: str, *, after: int = 0, limit: int = 1000) -> list[LogLine]:
         """Lines whose number is greater than `after`."""
         from sqlalchemy import select

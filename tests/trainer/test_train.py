@@ -205,5 +205,5 @@ def test_a_run_that_is_stopped_closes_its_job(workplace: Path) -> None:
     running.terminate()
     assert running.wait() in (128 + signal.SIGTERM, 0), "stopped, or done before the signal came"
     (job,) = registry.jobs("intent")
-    assert job.state == ("failed" if running.returncode else "succeeded")
+    assert job.state == ("cancelled" if running.returncode else "succeeded")
     registry.close()

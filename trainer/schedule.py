@@ -1,0 +1,91 @@
+"""Makes the jobs that schedules ask for. Every trainer looks; for each due time one of them makes the job, whoever comes first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+from server.config import Config
+from server.errors import InvalidArgument, UnderstudyError
+from server.lake.reading import LakeReader
+from server.logs import get
+from server.registry.jobs import now_ms
+from server.registry.registry import Registry
+from server.registry.schedules import Schedule, ScheduleStore, parse
+
+COUNT_EVERY_S = 15.0  # how often rows are counted, at most: each count reads a part of the lake
+
+
+class Schedules:
+    """One a trainer. `look` is quick where nothing is due. `clock`: milliseconds since 1970; `monotonic`: seconds."""
+
+    def __init__(
+        self, config: Config, registry: Registry, *, clock: Callable[[], int] = now_ms, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._monotonic = monotonic
+        zone = UTC if config.budget.time_zone == "UTC" else ZoneInfo(config.budget.time_zone)
+        self._store = ScheduleStore(registry, zone, clock=clock)
+        self._reader = LakeReader(config, registry)
+        self._store.adopt({name: skill.schedule for name, skill in config.skills.items()})
+        self._counted_at = -COUNT_EVERY_S
+        self._counted: dict[str, tuple[int, int]] = {}  # skill -> what its last count was of: the table's version, since when
+
+    def look(self) -> list[str]:
+        """Makes the jobs that are due; returns their ids."""
+        made: list[str] = []
+        now = self._clock()
+        for schedule in self._store.list():
+            if not schedule.spec or schedule.skill not in self._config.skills:
+                continue  # of a skill that another configuration has
+            if schedule.next_ms is not None and schedule.next_ms <= now:
+                made += self._fire(schedule, schedule.next_ms, {})
+        if self._monotonic() - self._counted_at >= COUNT_EVERY_S:
+            self._counted_at = self._monotonic()
+            made += self._look_at_rows()
+        return made
+
+    def _look_at_rows(self) -> list[str]:
+        made: list[str] = []
+        asked = [(one, parse(one.spec).rows) for one in self._store.list() if one.spec and one.skill in self._config.skills]
+        version = self._reader.version() if any(rows for _, rows in asked) else -1
+        for schedule, rows in asked:
+            if not rows or version < 0:
+                continue
+            since = max(schedule.last_ms or 0, self._store.last_trained_ms(schedule.skill))
+            if self._counted.get(schedule.skill) == (version, since):
+                continue
+            self._counted[schedule.skill] = (version, since)
+            found = good_rows(self._reader, schedule.skill, since, self._config)
+            if found >= rows:
+                made += self._fire(schedule, since, {"rows": found, "version": version})
+        return made
+
+    def _fire(self, schedule: Schedule, due_ms: int, mark: dict[str, int]) -> list[str]:
+        try:
+            job = self._store.fire(schedule, due_ms, mark)
+        except InvalidArgument as error:  # a later release's words
+            get("trainer").error("schedule not understood", skill=schedule.skill, error=error.message)
+            return []
+        except UnderstudyError as error:
+            get("trainer").error("schedule not followed", skill=schedule.skill, error=error.message)
+            return []
+        if job is None:
+            return []
+        get("trainer").info("schedule made a job", skill=schedule.skill, schedule=schedule.spec, job=job)
+        return [job]
+
+
+def good_rows(reader: LakeReader, skill: str, since_ms: int, config: Config) -> int:
+    """Rows later than `since_ms` with an answer of the teacher, or a correction, that may be trained on."""
+    import pyarrow.compute as pc
+
+    columns = ["teacher_label", "teacher_text", "training_allowed", "correction"]
+    table = reader.interactions(skill=skill, since=datetime.fromtimestamp(since_ms / 1000, UTC), columns=columns)
+    taught = pc.or_(pc.is_valid(table["teacher_label"]), pc.is_valid(table["teacher_text"]))
+    allowed = pc.fill_null(table["training_allowed"], False)
+    good = pc.or_(pc.and_(taught, allowed), pc.is_valid(table["correction"]))
+    return int(pc.sum(good).as_py() or 0)
