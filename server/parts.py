@@ -86,8 +86,8 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     store = AdapterStore(models / ADAPTERS, base_sha256=lambda name: base_sha256(runtime, name), poll_s=config.models.adapter_poll_s)
     book = SkillBook.from_config(config, store)
     providers = make_providers(config.providers)
-    lake = Lake(Path(config.lake.path), flush_s=config.lake.flush_s, segment_bytes=config.lake.segment_bytes)
     registry = Registry(config.registry)
+    lake = Lake.of(config, registry)
     budget = Budget(config.budget, registry, observer=metrics)
     difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
 

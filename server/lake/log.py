@@ -4,11 +4,13 @@ A segment is a magic number and then records, each `<u32 length><u32 crc32(paylo
 in UTF-8. `<id>.open` is being written and locked (flock) by its writer; `<id>.sealed` is complete, synced and waits to become Parquet.
 A segment whose writer died is recovered by whoever looks next: its torn tail is cut off, and it is sealed.
 
-Appending is one write() into the page cache; fsync, sealing and closing happen in `tick`, on the thread of the owner's choice.
+Appending is one write() into the page cache; fsync, sealing and closing happen in `tick`, on the thread of the owner's choice. Where the
+lake is encrypted a payload is sealed with the key of its writer's process (server.lake.sealing.LogSealer).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -18,7 +20,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,15 @@ def frame(payload: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record as JSON. Raises TypeError or ValueError for what JSON does not hold."""
+    text = _encode(record)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which a provider's JSON may spell
+        return text.encode(errors="replace")
+
+
 def read_payloads(path: Path) -> Iterator[tuple[bytes, int]]:
     """Each intact payload of a segment with the offset after it; stops at the first record that is torn or altered."""
     with path.open("rb") as file:
@@ -52,6 +63,30 @@ def read_payloads(path: Path) -> Iterator[tuple[bytes, int]]:
                 return
             end += _FRAME.size + length
             yield payload, end
+
+
+def salvage(path: Path) -> tuple[list[bytes], int]:
+    """What can be read of a segment that should be whole, and how many of its bytes cannot.
+
+    A record that was altered is stepped over where the next one stands at the place that its length tells.
+    """
+    data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        return [], len(data)
+    intact: list[bytes] = []
+    at, bad = len(MAGIC), 0
+    while at < len(data):
+        length, crc = _FRAME.unpack_from(data, at) if at + _FRAME.size <= len(data) else (MAX_RECORD_BYTES + 1, 0)
+        end = at + _FRAME.size + length
+        if length > MAX_RECORD_BYTES or end > len(data):
+            return intact, bad + len(data) - at
+        payload = data[at + _FRAME.size : end]
+        if zlib.crc32(payload) == crc:
+            intact.append(payload)
+        else:
+            bad += end - at
+        at = end
+    return intact, bad
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -116,6 +151,7 @@ class Log:
 
     def __init__(self, folder: Path, *, max_bytes: int = 16 << 20, max_age_s: float = 15.0) -> None:
         self.folder = folder
+        self._seal: Callable[[bytes], bytes] | None = None
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._lock = threading.Lock()
@@ -131,7 +167,21 @@ class Log:
         Raises:
             OSError: the file system refused; none of the records is kept.
         """
-        data = b"".join([frame(_encode(record).encode()) for record in records])
+        self.append_frames(self.frames(records))
+
+    def seal_with(self, seal: Callable[[bytes], bytes]) -> None:
+        """Seals every record from now on."""
+        self._seal = seal
+
+    def frames(self, records: Iterable[Mapping[str, Any]]) -> bytes:
+        """Records as they are to stand in a segment. Raises TypeError or ValueError for what JSON does not hold."""
+        seal = self._seal
+        if seal is None:
+            return b"".join([frame(encode(record)) for record in records])
+        return b"".join([frame(seal(encode(record))) for record in records])
+
+    def append_frames(self, data: bytes) -> None:
+        """As `append`, of what `frames` made."""
         if not data:
             return
         with self._lock:
@@ -140,7 +190,7 @@ class Log:
             try:
                 written = os.write(segment.fd, data)
                 while written < len(data):
-                    written += os.write(segment.fd, data[written:])
+                    written += os.write(segment.fd, memoryview(data)[written:])
             except OSError:
                 os.ftruncate(segment.fd, segment.size)
                 os.lseek(segment.fd, segment.size, os.SEEK_SET)
@@ -173,11 +223,18 @@ class Log:
                 os.fsync(synced)
             finally:
                 os.close(synced)
-        for segment in full:
-            os.fsync(segment.fd)
-            segment.path.rename(segment.path.with_suffix(".sealed"))
-            os.close(segment.fd)
-        return len(full)
+        sealed = 0
+        try:
+            for segment in full:
+                os.fsync(segment.fd)
+                segment.path.rename(segment.path.with_suffix(".sealed"))
+                os.close(segment.fd)
+                sealed += 1
+        except OSError:
+            with self._lock:
+                self._full = full[sealed:] + self._full
+            raise
+        return sealed
 
     def close(self) -> None:
         """Seals what is open. Appending after it is a mistake; closing twice is not."""
@@ -192,6 +249,12 @@ class Log:
         if not path.exists():
             os.close(fd)
             return self._open()
-        os.write(fd, MAGIC)
+        try:
+            if os.write(fd, MAGIC) < len(MAGIC):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            path.unlink()
+            os.close(fd)
+            raise
         self._current = _Segment(path, fd, time.monotonic())
         return self._current

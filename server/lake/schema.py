@@ -5,7 +5,8 @@ A column may be added, never renamed or given another type: readers of old files
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -169,27 +170,46 @@ def to_row(table: str, record: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def to_arrow(table: str, records: Iterable[Mapping[str, Any]]) -> tuple[pa.Table, list[Mapping[str, Any]]]:
-    """An Arrow table of the records that fit the schema, and the records that do not."""
+def from_payloads(table: str, payloads: Sequence[bytes]) -> tuple[pa.Table, list[bytes]]:
+    """An Arrow table of the log's records (JSON) that fit the schema, and the records that do not."""
     import pyarrow as pa
 
-    schema = arrow_schema(table)
-    rows: list[dict[str, Any]] = []
-    rejected: list[Mapping[str, Any]] = []
-    kept: list[Mapping[str, Any]] = []
-    for record in records:
-        try:
-            rows.append(to_row(table, record))
-            kept.append(record)
-        except (ValueError, TypeError, KeyError, OverflowError, OSError):
-            rejected.append(record)
+    if not payloads:
+        return arrow_schema(table).empty_table(), []
     try:
-        return pa.Table.from_pylist(rows, schema=schema), rejected
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        parts = []
-        for row, record in zip(rows, kept, strict=True):
-            try:
-                parts.append(pa.Table.from_pylist([row], schema=schema))
-            except (pa.ArrowException, TypeError, ValueError, OverflowError):
-                rejected.append(record)
-        return pa.concat_tables([*parts, schema.empty_table()]), rejected
+        return _parsed(table, payloads), []
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        pass  # one of them at least does not fit: look at each
+    schema = arrow_schema(table)
+    parts: list[pa.Table] = []
+    rejected: list[bytes] = []
+    for payload in payloads:
+        try:
+            parts.append(pa.Table.from_pylist([to_row(table, json.loads(payload))], schema=schema))
+        except (pa.ArrowException, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError):
+            rejected.append(payload)
+    return pa.concat_tables([*parts, schema.empty_table()]).combine_chunks(), rejected
+
+
+def _parsed(table: str, payloads: Sequence[bytes]) -> pa.Table:
+    """All records at once, by Arrow's own reader, some ten times as fast as one by one. Raises where any of them does not fit."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.json
+
+    whole = arrow_schema(table)
+    fields = [pa.field("time_ns", pa.int64()), *(field for field in whole if field.name not in ("time", "date"))]
+    text = b"\n".join(payloads)
+    # A record must not be longer than a block, and a block becomes a chunk.
+    block = max(1 << 20, 2 * max(map(len, payloads)) + 2)
+    rows = pa.json.read_json(
+        pa.BufferReader(text),
+        read_options=pa.json.ReadOptions(block_size=min(block, (1 << 31) - 1)),
+        parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"),
+    )
+    if rows.num_rows != len(payloads) or rows["time_ns"].null_count:
+        raise ValueError("a record without time_ns, or more than one object in a record")
+    time = pc.cast(pc.divide(rows["time_ns"], 1000), pa.timestamp("us", tz="UTC"))
+    date = pc.strftime(time, format="%Y-%m-%d")
+    columns = {**{name: rows[name] for name in rows.column_names}, "time": time, "date": date}
+    return pa.table([columns[name] for name in whole.names], schema=whole).combine_chunks()

@@ -10,19 +10,21 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from server.errors import FailedPrecondition
-from server.lake.schema import LISTS, PAYLOADS
+from server.lake.schema import LISTS
+from server.registry.keys import LOG_PREFIX
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 VERSION = "v1"
 PREFIX = "enc:v1:"
-KEY_BYTES = 32
 _NONCE = 12
+_SEALED = b"\x01"
+_HEAD = 15
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -34,36 +36,31 @@ class Sealer:
 
         self._cipher: AESGCM = AESGCM(key)
 
-    def seal(self, table: str, row: MutableMapping[str, Any]) -> None:
-        """Seals a row's payload columns where they stand, and says so in `sealed`."""
-        key = str(row.get("interaction_id") or "")
-        for column in PAYLOADS[table]:
-            value = row.get(column)
-            if value is None or value == []:
-                continue
-            listed = column in LISTS[table]
-            clear = (_encode(value) if listed else str(value)).encode()
-            nonce = os.urandom(_NONCE)
-            box = nonce + self._cipher.encrypt(nonce, clear, _bound_to(table, column, key))
-            text = PREFIX + base64.b64encode(box).decode()
-            row[column] = [text] if listed else text
-        row["sealed"] = VERSION
+    def seal(self, table: str, column: str, interaction_id: str, value: Any) -> Any:
+        """The sealed form of a string or a list of strings; null and the empty list stay what they are."""
+        if value is None or value == []:
+            return value
+        listed = column in LISTS[table]
+        clear = (_encode(value) if listed else str(value)).encode()
+        nonce = os.urandom(_NONCE)
+        box = nonce + self._cipher.encrypt(nonce, clear, _bound_to(table, column, interaction_id))
+        text = PREFIX + base64.b64encode(box).decode()
+        return [text] if listed else text
 
     def open(self, table: str, column: str, interaction_id: str, value: Any) -> Any:
         """The value as it was. Raises FailedPrecondition where it was altered, moved from another row, or sealed with another key."""
         from cryptography.exceptions import InvalidTag
 
-        listed = column in LISTS[table]
-        text = (value[0] if value else "") if listed else value
-        if not text:
+        if value is None or value == []:
             return value
+        listed = column in LISTS[table]
         try:
-            box = base64.b64decode(str(text).removeprefix(PREFIX), validate=True)
+            box = base64.b64decode(str(value[0] if listed else value).removeprefix(PREFIX), validate=True)
             clear = self._cipher.decrypt(box[:_NONCE], box[_NONCE:], _bound_to(table, column, interaction_id))
         except (ValueError, InvalidTag) as error:
             message = (
                 f"Column {column!r} of {interaction_id!r} in table {table!r} does not open with its user's key: it was altered, or the "
-                "registry is another lake's. Look at registry.url; `understudy lake verify` names every such row."
+                "registry is another lake's. Look at registry.url; `understudy lake verify` counts such rows."
             )
             raise FailedPrecondition(message, table=table, column=column) from error
         return json.loads(clear) if listed else clear.decode()
@@ -83,15 +80,41 @@ class Sealers:
         return made
 
 
-def blank(table: str, row: MutableMapping[str, Any]) -> None:
-    """Takes everything out of a row that its user said or was told."""
-    for column in PAYLOADS[table]:
-        row[column] = None
+class LogSealer:
+    """Seals the records of one process's log, whole: what waits to become Parquet waits for seconds, and needs no user's key for it.
+
+    A sealed record is the byte 1, the key's name (14 bytes, in the registry "log-" and its hexadecimal form), a nonce and the ciphertext
+    with its tag; a record in clear begins with "{". The key is deleted when the log's segments are rows.
+    """
+
+    def __init__(self, name: str, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self.name = name
+        self._head = _SEALED + bytes.fromhex(name.removeprefix(LOG_PREFIX))
+        self._cipher = AESGCM(key)
+
+    def __repr__(self) -> str:
+        return f"LogSealer({self.name})"
+
+    def seal(self, payload: bytes) -> bytes:
+        """A record's sealed form."""
+        nonce = os.urandom(_NONCE)
+        return self._head + nonce + self._cipher.encrypt(nonce, payload, self._head)
+
+    def open(self, payload: bytes) -> bytes:
+        """The record. Raises ValueError where it does not open."""
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            return self._cipher.decrypt(payload[_HEAD : _HEAD + _NONCE], payload[_HEAD + _NONCE :], self._head)
+        except InvalidTag:
+            raise ValueError("a record of the log does not open with its key") from None
 
 
-def users_of(rows: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The users that rows name."""
-    return {str(row["user_hash"]) for row in rows if row.get("user_hash")}
+def log_key_name(payload: bytes) -> str:
+    """Name of the key that a record of the log is sealed with; empty for one in clear."""
+    return LOG_PREFIX + payload[1:_HEAD].hex() if payload[:1] == _SEALED else ""
 
 
 def _bound_to(table: str, column: str, interaction_id: str) -> bytes:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from server.lake import table
+from server.lake import maintenance, table
 from server.lake.ids import IdKey
 from server.lake.lake import Lake
 from server.lake.log import Log, sealed_segments
+from server.lake.place import Place
 from server.lake.schema import FEEDBACK, INTERACTIONS, arrow_schema, columns
 
 
@@ -81,13 +82,20 @@ def test_a_killed_converter_loses_and_doubles_nothing(tmp_path: Path) -> None:
 
 
 def test_small_files_are_joined_and_no_row_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "FILES", 3)
+    monkeypatch.setattr(maintenance, "FILES", 3)
     for start in range(0, 24, 4):
         write(tmp_path, range(start, start + 4))
         table.convert(tmp_path, INTERACTIONS)
+    assert maintenance.crowded(Place.at(tmp_path), INTERACTIONS)
+    done = maintenance.compact(Place.at(tmp_path), INTERACTIONS)
+    assert done.files_before == 6 and done.files_after == 1 and done.removed_files == 0, "readers of the old version may be at its files"
     assert ids(tmp_path) == sorted(f"i{n}" for n in range(24))
     found = table.open_table(tmp_path, INTERACTIONS)
-    assert found is not None and len(found.file_uris()) <= 3
+    assert found is not None and len(found.file_uris()) == 1
+    assert maintenance.compact(Place.at(tmp_path), INTERACTIONS, keep_hours=0).removed_files == 6
+    assert (
+        len(list((tmp_path / INTERACTIONS).rglob("*.parquet"))) - len(list((tmp_path / INTERACTIONS / "_delta_log").glob("*.parquet"))) == 1
+    )
 
 
 def test_a_record_that_does_not_fit_harms_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -187,6 +187,6 @@ async def test_answers_are_delivered_when_the_disk_is_full(bench: Bench, caplog:
     def full(records: object) -> None:
         raise OSError(28, "No space left on device")
 
-    bench.lake._logs["interactions"].append = full  # type: ignore[method-assign, assignment]
+    bench.lake._logs["interactions"].append_frames = full  # type: ignore[method-assign, assignment]
     (outcome,) = (await bench.router(ScriptedProvider(lambda text: "card")).run(ask(TEXT), call())).items
-    assert outcome.output_text == "card" and bench.lake.lost == 1 and "No space left" in caplog.text
+    assert outcome.output_text == "card" and bench.lake.counters().held == 1 and "No space left" in caplog.text
