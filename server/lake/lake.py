@@ -98,7 +98,6 @@ class Lake:
         memory, written when there is room again, and counted where it is lost. Feedback is not held: its sender is told, and can repeat it.
         """
         assert self._key is not None or not self._encrypted, "an encrypted lake takes records once started"
-        )
         kept = list(records)
         try:
             frames = self._logs[table].frames(kept)
