@@ -14,7 +14,7 @@ from server.core import Call, Message, Reply, Results, Task, Timings, Usage, Wor
 from server.errors import InternalError, ProviderUnavailable, UnderstudyError
 from server.routing.candidates import Allowance, Answer, Brief, Failure, Piece, Signals
 from server.routing.pace import Paces
-from server.routing.prompting import format_of, max_tokens_of, messages_of, read_reply
+from server.routing.prompting import format_of, max_tokens_of, messages_of, plain_prompt, read_reply
 from server.routing.schema_check import checker
 from server.runtime.decoder.contract import Sampling, Token
 from server.runtime.decoder.generator import GeneratorModel
@@ -273,8 +273,7 @@ class GeneratorCandidate(LocalModel):
         )
         if model.chats:
             return replace(asked, messages=messages)
-        # A base without a template: the same words, each on a line of its own.
-        return replace(asked, prompt="\n".join(message.content for message in messages) + "\n")
+        return replace(asked, prompt=plain_prompt(messages))
 
 
 def _signals(tokens: Sequence[Token]) -> Signals:

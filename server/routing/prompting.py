@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.core import Entity, FinishReason, Format, Label, Message, Reply, Work
@@ -85,6 +85,11 @@ def messages_of(brief: Brief, work: Work) -> tuple[Message, ...]:
             head, rest = (Message("system", f"{system}\n\n{rest[0].content}"),), rest[1:]
         return (*head, *shown, *rest)
     return (*head, *shown, Message("user", _user(brief.skill.task, work)))
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """The same words for a base without a chat template, each message on a line of its own. Training writes prompts by this too."""
+    return "\n".join(message.content for message in messages) + "\n"
 
 
 def max_tokens_of(brief: Brief) -> int:
