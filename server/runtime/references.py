@@ -7,6 +7,7 @@ metrics and lineage in one place, whatever it is made of.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from server.runtime.adapter_folder import MANIFEST, read_manifest, write_folder
 from server.runtime.manifest import Name, Sha256, Version
 
 KINDS = ("model", "decoder-adapter")
+_MOST_BYTES = 1 << 20
 
 
 class Target(BaseModel):
@@ -59,6 +61,16 @@ class Reference(BaseModel):
         if (self.kind == "decoder-adapter") != bool(self.target.adapter) or bool(self.target.adapter) != bool(self.target.adapter_version):
             raise ValueError("a decoder-adapter names the adapter and its version, a model neither")
         return self
+
+
+def kind_of(folder: Path) -> str:
+    """What a version folder says that it is, or "" where it says nothing that can be read; whoever loads it looks closer."""
+    try:
+        with (folder / MANIFEST).open("rb") as handle:
+            kind = json.loads(handle.read(_MOST_BYTES)).get("kind", "")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return ""
+    return kind if isinstance(kind, str) else ""
 
 
 def read_reference(folder: Path) -> Reference:

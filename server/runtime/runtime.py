@@ -215,8 +215,10 @@ class Runtime:
 
     # Changing them.
 
-    async def load(self, name: str, version: str | None = None, *, replace: bool = False) -> ModelStatus:
+    async def load(self, name: str, version: str | None = None, *, replace: bool = False, default: bool = True) -> ModelStatus:
         """Loads a version (`None`: the latest) and makes it the one that answers calls without a version; returns once it is READY.
+
+        Without `default` it does so only where no other version is loaded.
 
         Verified, built and warmed up beside what runs; calls go to the new one from one moment to the next. With `replace`, its
         other versions are drained and dropped, in the background. Loading what is loaded only makes it the default. Several loads of
@@ -242,7 +244,7 @@ class Runtime:
                 task = self._loading[key] = asyncio.create_task(self._load(key), name=f"load {name}/{wanted}")
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, even if every caller left
             record = await asyncio.shield(task)  # a caller that leaves does not stop it for the others
-        if record.state is ModelState.READY:
+        if record.state is ModelState.READY and default:
             self._make_default(record, replace)
         return self._status(record)
 

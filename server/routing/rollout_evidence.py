@@ -1,0 +1,176 @@
+"""What is seen of a student during a stage of its rollout: sums, so that what several servers saw can be added up. Pure; no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Comparisons of one stretch, and stretches that are remembered: a change is looked for in the last 200 or so comparisons.
+BLOCK, MOST_BLOCKS = 4, 48
+# The same for answers, of which there are many more.
+STRETCH, MOST_STRETCHES = 20, 32
+_MOST_LABELS = 256
+OTHER = "\0other"
+# Latencies are counted in classes whose ends grow by a quarter, from 0.1 ms on.
+_FIRST_S, _GROWTH = 1e-4, 1.25
+_MOST_LATENCIES = 72
+
+
+@dataclass(slots=True)
+class Evidence:
+    """Sums of one stage, of one server or of all.
+
+    `compared` of the student's answers that would be delivered had the teacher's beside them, `agreed` of those were the same. `blocks`:
+    the newest comparisons in stretches [time_ms, compared, agreed], `forgotten` older stretches were dropped. `better` and `worse`: compared
+    answers in which the student agreed with the teacher and the champion did not, and the other way round. `answers` were asked of the
+    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `labels`, `qualities` and
+    `teacher_labels` count what was said. `repeats` and `student_repeats`: [times that a text came again, times that the answer was the same].
+    """
+
+    requests: int = 0
+    compared: int = 0
+    agreed: int = 0
+    blocks: list[list[int]] = field(default_factory=list)
+    forgotten: int = 0
+    better: int = 0
+    worse: int = 0
+    answers: int = 0
+    failed: int = 0
+    slow: int = 0
+    below: int = 0
+    stretches: list[list[int]] = field(default_factory=list)
+    stretches_forgotten: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    qualities: dict[str, int] = field(default_factory=dict)
+    teacher_labels: dict[str, int] = field(default_factory=dict)
+    student_s: dict[str, int] = field(default_factory=dict)
+    teacher_s: dict[str, int] = field(default_factory=dict)
+    thumbs_up: int = 0
+    thumbs_down: int = 0
+    corrections: int = 0
+    repeats: list[int] = field(default_factory=lambda: [0, 0])
+    student_repeats: list[int] = field(default_factory=lambda: [0, 0])
+
+    def compare(self, agreed: bool, now_ms: int = 0, champion_agreed: bool | None = None) -> None:
+        """Counts an answer that would be delivered and the teacher's beside it."""
+        self.compared += 1
+        self.agreed += agreed
+        if champion_agreed is not None and champion_agreed != agreed:
+            self.better += agreed
+            self.worse += not agreed
+        if not self.blocks or self.blocks[-1][1] >= BLOCK:
+            self.blocks.append([now_ms, 0, 0])
+            if len(self.blocks) > MOST_BLOCKS:
+                del self.blocks[0]
+                self.forgotten += 1
+        self.blocks[-1][1] += 1
+        self.blocks[-1][2] += agreed
+
+    def correct(self, agreed: bool) -> None:
+        """A person says that a comparison counted was the other way round; `agreed`: what holds now. Which stretch it was in is not known:
+        it is taken to be the newest that it can have been in.
+        """
+        self.agreed += 1 if agreed else -1
+        for block in reversed(self.blocks):
+            if (block[2] < block[1]) if agreed else (block[2] > 0):
+                block[2] += 1 if agreed else -1
+                break
+
+    def answer(
+        self, *, failed: bool = False, slow: bool = False, below: bool = False, seconds: float | None = None, now_ms: int = 0
+    ) -> None:
+        """Counts an answer that the student was asked for."""
+        self.answers += 1
+        self.failed += failed
+        self.slow += slow
+        self.below += below
+        if not self.stretches or self.stretches[-1][1] >= STRETCH:
+            self.stretches.append([now_ms, 0, 0, 0])
+            if len(self.stretches) > MOST_STRETCHES:
+                del self.stretches[0]
+                self.stretches_forgotten += 1
+        newest = self.stretches[-1]
+        newest[1] += 1
+        newest[2] += failed
+        newest[3] += slow
+        if seconds is not None:
+            _count(self.student_s, str(latency_class(seconds)))
+
+    def say(self, label: str | None, quality: float | None) -> None:
+        """Counts what the student said, and how sure it was."""
+        if label is not None:
+            _count(self.labels, label)
+        if quality is not None:
+            _count(self.qualities, str(min(int(quality * 10), 9)))
+
+    def teacher_said(self, label: str | None, seconds: float | None = None) -> None:
+        """Counts what the teacher said."""
+        if label is not None:
+            _count(self.teacher_labels, label)
+        if seconds is not None:
+            _count(self.teacher_s, str(latency_class(seconds)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without what is empty."""
+        return {name: value for name in _NAMES if (value := getattr(self, name)) and value != [0, 0]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
+        """What `to_json` gave; unknown names fall away."""
+        return cls(**{name: data[name] for name in _NAMES if name in data})
+
+
+_NAMES = tuple(Evidence.__dataclass_fields__)
+_NUMBERS = tuple(name for name, one in Evidence.__dataclass_fields__.items() if one.type == "int")
+_COUNTS = ("labels", "qualities", "teacher_labels", "student_s", "teacher_s")
+
+
+def total(parts: Iterable[Evidence]) -> Evidence:
+    """The sums of several servers; stretches in the order of time."""
+    whole = Evidence()
+    for part in parts:
+        for name in _NUMBERS:
+            setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        for name in _COUNTS:
+            counts = getattr(whole, name)
+            for key, count in getattr(part, name).items():
+                counts[key] = counts.get(key, 0) + count
+        for name in ("repeats", "student_repeats"):
+            mine, theirs = getattr(whole, name), getattr(part, name)
+            setattr(whole, name, [mine[0] + theirs[0], mine[1] + theirs[1]])
+        whole.blocks += [list(block) for block in part.blocks]
+        whole.stretches += [list(stretch) for stretch in part.stretches]
+    whole.blocks.sort(key=_time)
+    whole.stretches.sort(key=_time)
+    return whole
+
+
+def latency_class(seconds: float) -> int:
+    """Which class a latency falls into."""
+    from math import log
+
+    return 0 if seconds <= _FIRST_S else min(int(log(seconds / _FIRST_S) / log(_GROWTH)) + 1, _MOST_LATENCIES)
+
+
+def latency_quantile(counts: Mapping[str, int], share: float) -> float | None:
+    """Seconds that `share` of the latencies do not exceed, by the upper end of their class; None without any."""
+    whole = sum(counts.values())
+    if not whole:
+        return None
+    seen = 0
+    for number in sorted(map(int, counts)):
+        seen += counts[str(number)]
+        if seen >= share * whole:
+            break
+    return float(_FIRST_S * _GROWTH**number)
+
+
+def _count(counts: dict[str, int], key: str) -> None:
+    if key not in counts and len(counts) >= _MOST_LABELS:
+        key = OTHER
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _time(stretch: list[int]) -> int:
+    return stretch[0]
