@@ -21,7 +21,7 @@ from server.runtime.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 # Tasks whose answers are words; labels, spans and vectors have a quality of their candidate's own, or none.
-_SCORED = ("text-generation", "translation", "summarization", "question-answering", "table-question-answering", "fill-mask")
+SCORED = ("text-generation", "translation", "summarization", "question-answering", "table-question-answering", "fill-mask")
 _TASKS = {task.value: task for task in Task}
 FILE = "quality.json"
 _LOOK_S = 1.0
@@ -76,7 +76,7 @@ class QualityJudge:
         skill, reply = brief.skill, answer.reply
         if answer.quality is not None and answer.signals.agreement is None:
             return answer
-        if skill.task not in _SCORED or reply.spans or reply.tool_calls:
+        if skill.task not in SCORED or reply.spans or reply.tool_calls:
             return answer
         signals = answer.signals
         observed = Observed(
