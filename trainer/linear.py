@@ -44,9 +44,14 @@ def fit(
     *,
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 3,
+    row_weights: FloatArray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
-    """Fits on vectors float32[n, H] of classes int64[n]; `progress(done, total)` counts fits. Ties go to the stronger penalty."""
+    """Fits on vectors float32[n, H] of classes int64[n], each with its weight float32[n]; `progress(done, total)` counts fits.
+
+    Ties go to the stronger penalty.
+    """
+    given = np.ones(len(classes), np.float32) if row_weights is None else row_weights
     part = np.random.default_rng(0).permutation(len(classes)) % folds
     right = dict.fromkeys(strengths, 0)
     total, done = folds * len(strengths) + 1, 0
@@ -54,45 +59,34 @@ def fit(
         train, test = part != fold, part == fold
         start: npt.NDArray[np.float64] | None = None
         for strength in strengths:  # from strong to weak: each fit starts where the one before ended
-            start = _minimise(vectors[train], classes[train], labels, strength, start)
+            start = _minimise((vectors[train], classes[train], given[train]), labels, strength, start)
             weight, bias = _split(start, labels)
             right[strength] += int(((vectors[test] @ weight.T + bias).argmax(1) == classes[test]).sum())
             done += 1
             progress(done, total)
     best = max(strengths, key=lambda strength: (right[strength], -strength))
-    weight, bias = _split(_minimise(vectors, classes, labels, best, None), labels)
+    weight, bias = fit_at(vectors, classes, labels, best, row_weights=given)
     progress(total, total)
     return Fitted(weight, bias, best, {strength: count / len(classes) for strength, count in right.items()})
 
 
-def temperature(logits: FloatArray, classes: IntArray) -> float:
-    """What to divide logits float32[n, labels] by, for the least log loss on rows that were not trained on (Guo et al. 2017)."""
-    rows = np.arange(len(classes))
-
-    def loss(log_temperature: float) -> float:
-        scaled = logits.astype(np.float64) / np.exp(log_temperature)
-        top = scaled.max(axis=1)
-        return float(np.mean(np.log(np.exp(scaled - top[:, None]).sum(axis=1)) + top - scaled[rows, classes]))
-
-    low, high = np.log(0.05), np.log(20.0)
-    golden = (np.sqrt(5.0) - 1) / 2
-    for _ in range(40):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if loss(left) < loss(right):
-            high = right
-        else:
-            low = left
-    return float(np.exp((low + high) / 2))
+def fit_at(
+    vectors: FloatArray, classes: IntArray, labels: int, strength: float, *, row_weights: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Weight float32[labels, H] and bias float32[labels] at one strength."""
+    given = np.ones(len(classes), np.float32) if row_weights is None else row_weights
+    return _split(_minimise((vectors, classes, given), labels, strength, None), labels)
 
 
 def _minimise(
-    vectors: FloatArray, classes: IntArray, labels: int, strength: float, start: npt.NDArray[np.float64] | None
+    data: tuple[FloatArray, IntArray, FloatArray], labels: int, strength: float, start: npt.NDArray[np.float64] | None
 ) -> npt.NDArray[np.float64]:
     """L-BFGS on mean log loss + |weight|^2 / (2 * strength * n); the products are float32, the steps float64."""
     from scipy.optimize import minimize
 
+    vectors, classes, given = data
     count, size = vectors.shape
-    weights = class_weights(classes, labels) / count
+    weights = class_weights(classes, labels) * given / (given.mean() * count)
     rows = np.arange(count)
     penalty = 1.0 / (strength * count)
 
