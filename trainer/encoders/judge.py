@@ -1,0 +1,155 @@
+"""What is asked of a student on held-out rows, how its answers are measured, and whether it may be published.
+
+An output is what a student answers to a Judge's rows: entities of each row; a score of each pair; or, for retrieval, float32[queries,
+documents]. The torch model, the exported file and the present student answer the same rows, so that they can be compared row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from trainer.encoders import measure
+from trainer.encoders.examples import EMBEDDING, ENTITIES, RANKING, Example, read_entities, read_score
+from trainer.encoders.measure import Interval, Statistic
+
+# How far an exported file may be from the model that was trained, by what `parity` measures.
+LEAST_PARITY = {"float32": 0.995, "int8": 0.95}
+_MOST_DOCUMENTS = 2000
+_MIN_SAID = 20  # rows on which people judged the teacher, before it is compared
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`name`: the figure that the bar speaks of, in [0, 1]; `figures`: all of them; `interval` of the first."""
+
+    name: str
+    interval: Interval
+    figures: dict[str, float]
+    statistic: Statistic
+    units: int
+
+    @property
+    def value(self) -> float:
+        """The figure that the bar speaks of."""
+        return self.interval.value
+
+
+class Judge:
+    """Rows to answer. `documents`: more texts among which retrieval has to find the right one."""
+
+    def __init__(self, task: str, rows: Sequence[Example], documents: Sequence[str] = ()) -> None:
+        self.task = task
+        self.rows = list(rows)
+        self._more = list(dict.fromkeys(documents))[:_MOST_DOCUMENTS]
+
+    @cached_property
+    def _retrieval(self) -> tuple[list[str], list[str], list[Any]]:
+        return measure.retrieval(self.rows, self._more)
+
+    @property
+    def queries(self) -> list[str]:
+        """Of retrieval."""
+        return self._retrieval[0]
+
+    @property
+    def documents(self) -> list[str]:
+        """Of retrieval."""
+        return self._retrieval[1]
+
+    def judge(self, output: Any) -> Judged:
+        """Measures an output."""
+        if self.task == ENTITIES:
+            wanted = [row.spans for row in self.rows]
+            figures = measure.entity_figures(wanted, output)
+            return _judged("f1", measure.entity_statistic(wanted, output), len(self.rows), figures)
+        if self.task == EMBEDDING:
+            found = measure.ranking(self._retrieval[2], list(output))
+            figures = {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
+            return _judged("ndcg_10", measure.mean_statistic(found.ndcg), len(self.queries), figures)
+        return self._scored(np.asarray(output, np.float64))
+
+    def _scored(self, scores: Any) -> Judged:
+        wanted = [row.score for row in self.rows]
+        groups = measure.groups_of(self.rows)
+        statistic, units = measure.concordance_statistic(wanted, scores.tolist(), groups)
+        figures = {"concordance": statistic(np.arange(units)), "spearman": measure.spearman(wanted, scores.tolist())}
+        if self.task == RANKING:
+            figures["mean_error"] = float(np.abs(scores - np.array(wanted)).mean())
+        if groups is not None:
+            places: dict[str, list[int]] = {}
+            for place, query in enumerate(groups):
+                places.setdefault(query, []).append(place)
+            chosen = [rows for rows in places.values() if len(rows) > 1]
+            found = measure.ranking([np.array(wanted)[rows] for rows in chosen], [scores[rows] for rows in chosen])
+            figures |= {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
+        return _judged("concordance", statistic, units, figures)
+
+    def parity(self, torch_output: Any, served_output: Any) -> dict[str, float]:
+        """How far the exported file answers as the torch model does: "agreement" in [0, 1], and the figures behind it."""
+        if self.task == ENTITIES:
+            same = [a == b for a, b in zip(torch_output, served_output, strict=True)]
+            return {"agreement": measure.f1(measure.entity_counts(torch_output, served_output)), "rows_alike": float(np.mean(same))}
+        first, second = np.asarray(torch_output, np.float64), np.asarray(served_output, np.float64)
+        difference = np.abs(first - second)
+        figures = {"agreement": 1 - float(difference.mean()), "max_difference": float(difference.max())}
+        figures["rank_correlation"] = measure.spearman(first.ravel()[:5000].tolist(), second.ravel()[:5000].tolist())
+        return figures
+
+    def against_teacher(self, output: Any) -> dict[str, float]:
+        """Student and teacher on the rows on which people said what is right; {} where those are few, or answers cannot be compared.
+
+        A row whose teacher was corrected has the refused answer; on a row with a thumb up the teacher was right.
+        """
+        said = [place for place, row in enumerate(self.rows) if row.agreed or (row.corrected and row.rejected)]
+        if len(said) < _MIN_SAID or self.task == EMBEDDING:
+            return {}
+        rows = [self.rows[place] for place in said]
+        teacher: list[Any] = []
+        for row in rows:
+            if self.task == ENTITIES:
+                refused = read_entities(row.rejected, row.text) if row.rejected else row.spans
+                teacher.append(row.spans if row.agreed else refused if isinstance(refused, tuple) else ())
+            else:
+                score = read_score(row.rejected) if row.rejected else row.score
+                teacher.append(row.score if row.agreed or score is None else score)
+        mine = Judge(self.task, rows).judge([output[place] for place in said])
+        theirs = Judge(self.task, rows).judge(teacher)
+        difference = measure.bootstrap(mine.statistic, mine.units, minus=theirs.statistic)
+        return {
+            "teacher_rows": float(len(rows)),
+            f"teacher_{mine.name}": theirs.value,
+            f"student_{mine.name}": mine.value,
+            "teacher_difference": difference.value,
+            "teacher_difference_low": difference.low,
+            "teacher_difference_high": difference.high,
+        }
+
+
+def compared(new: Judged, old: Judged) -> Interval:
+    """The new student's figure minus the old one's, on the same rows."""
+    assert (new.name, new.units) == (old.name, old.units)
+    return measure.bootstrap(new.statistic, new.units, minus=old.statistic)
+
+
+def verdict(new: Judged, difference: Interval | None, bar: float, present: str) -> str:
+    """Why the new student is not published, or "" where it is.
+
+    The bar is held to what the held-out rows can tell: it fails where even the upper end of the interval is below.
+    """
+    if new.interval.high < bar:
+        interval = f"{new.interval.low:.3f} to {new.interval.high:.3f}"
+        reached = f"its {new.name} on held-out rows is {new.value:.3f} ({interval}), the bar {bar:g}"
+        return f"{reached}. More traffic may help, or a lower deliver_bar."
+    if difference is not None and difference.value < 0:
+        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+        return f"its {new.name} is {new.value:.3f}, {difference.value:+.3f} ({interval}) against {present} on the same rows."
+    return ""
+
+
+def _judged(name: str, statistic: Statistic, units: int, figures: dict[str, float]) -> Judged:
+    return Judged(name, measure.bootstrap(statistic, units), figures, statistic, units)
