@@ -16,6 +16,8 @@ _LAZY = {
     "models": ("server.commands.models", "app", "The model repository: pull, add, export, list, verify, remove, bench."),
     "adapters": ("server.commands.adapters", "app", "Adapters of the models: add, list, verify, remove."),
     "train": ("server.commands.train", "app", "Train a skill's student from what the lake holds."),
+    "finetune": ("server.commands.finetune", "app", "Fine-tune a vendor's model on a skill's rows, or train its student here."),
+    "assess": ("server.commands.assess", "app", "Refit a skill's quality and difficulty on judged answers; check its student."),
 }
 
 

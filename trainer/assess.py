@@ -1,16 +1,26 @@
 """Assesses a skill from what people and its teacher said of live answers: recalibrates its quality and difficulty, checks its student.
 
 A new model is fitted on the earlier traffic, measured with the present one on the later, and published only where it is better.
+
+`python -m trainer.assess SKILL` does it at once. Exit code 0: something was published or checked; 3: too little to go by; 1: an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import os
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.config import Config
+# Before NumPy: see trainer/__main__.py.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from server.config import Config, load_config
 from server.core import FloatArray
 from server.errors import SkillNotFound, UnderstudyError, near_names
 from server.lake.reading import LakeReader
@@ -159,3 +169,41 @@ def _line(values: Mapping[str, Any]) -> str:
     order = f", AUROC {values['auroc']:.3f}" if values.get("auroc") is not None else ""
     gain = f", APGR {values['apgr']:.3f}" if values.get("apgr") is not None else ""
     return f"calibration error {values['ece']:.3f}, Brier {values['brier']:.4f}{order}{gain} on {values['rows']} rows"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs it as a job of its own, past the queue."""
+    parser = argparse.ArgumentParser(prog="trainer.assess", description=__doc__)
+    parser.add_argument("skill")
+    parser.add_argument("--config", help="TOML file, as for the server")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; repeatable")
+    parser.add_argument("--json", metavar="PATH", help='write the report there as JSON; "-" prints it')
+    options = parser.parse_args(arguments)
+
+    from server.registry.job_requests import checked_spec
+    from server.registry.jobs import JobStore
+    from trainer.work import new_holder, run_job
+
+    try:
+        config = load_config(options.config, flags=dict(text.partition("=")[::2] for text in options.set))
+        checked_spec(config, options.skill, METHOD, {})
+        registry, holder = Registry(config.registry), new_holder()
+        store = JobStore(registry)
+        job = store.begin(options.skill, METHOD, {}, holder, config.training.lease_s)
+        ended = run_job(config, store, job, threading.Event())
+        registry.close()
+    except UnderstudyError as error:
+        print(f"understudy assess: {error.message}", file=sys.stderr)
+        return 1
+    if ended.report is None:
+        print(f"understudy assess: {ended.error.message if ended.error is not None else ended.state}", file=sys.stderr)
+        return 1
+    text = json.dumps(ended.report.to_json(), indent=2)
+    print(text if options.json == "-" else in_words(ended.report))
+    if options.json and options.json != "-":
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return 0 if ended.state == SUCCEEDED else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

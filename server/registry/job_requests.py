@@ -12,7 +12,7 @@ from server.settings import SkillConfig
 
 METHODS: tuple[str, ...] = get_args(SkillConfig.model_fields["method"].annotation)
 PROVIDERS = ("openai", "local")
-KEYS = ("method", "seed", "hub_repo", "provider", "search", "model")
+KEYS = ("method", "seed", "hub_repo", "provider", "search", "model", "epochs", "max_cost_usd")
 MOST_SEED = (1 << 31) - 1
 MAX_VALUE = 256  # characters
 

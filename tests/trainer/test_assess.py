@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from server.config import Config, load_config
 from server.errors import SkillNotFound
@@ -19,6 +24,8 @@ from server.lake import table
 from server.lake.ids import IdKey
 from server.lake.log import Log
 from server.lake.schema import FEEDBACK, INTERACTIONS, SHADOWS
+from server.registry.jobs import JobStore
+from server.registry.registry import Registry
 from server.routing.difficulty_book import DifficultyBook
 from server.routing.judge import QualityBook
 from trainer.assess import assess, in_words
@@ -28,9 +35,17 @@ from trainer.assessment.student_part import check
 from trainer.context import JobContext
 from trainer.report import Report
 
+ROOT = Path(__file__).resolve().parents[2]
 START = datetime(2026, 11, 1, tzinfo=UTC)
 EASY = ["card", "lost", "pin", "change", "top", "up", "balance", "limit"]
 HARD = ["dispute", "chargeback", "arbitration", "escrow", "lien", "custody", "probate", "annuity"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the trainer's own process: threads of small products spin against each other, and take thirty times as long."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture
@@ -244,3 +259,15 @@ def test_an_old_students_answers_say_nothing_of_the_new_one() -> None:
     sayings += [said(student="yes", teacher="yes", quality=0.97, version="s@2") for _ in range(60)]
     found = check(judge(sayings, {}), None)
     assert (found["version"], found["rows"], found["state"]) == ("s@2", 60, "holds")
+
+
+def test_the_command_runs_it_as_a_job(config: Config) -> None:
+    labelled(config, 200, lambda hard, rng: rng.random() < 0.1)
+    folder = Path(config.lake.path).parent
+    command = [sys.executable, "-m", "server.cli", "assess", "intent", "--config", str(folder / "understudy.toml"), "--json", "-"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (job,) = JobStore(Registry(config.registry)).find(skill="intent")
+    assert (job.kind, job.state, job.id) == ("assess", "succeeded", report["job"]) and report["details"]["student"]["state"] == "holds"
