@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -28,6 +28,8 @@ from server.api.models import ModelServicer
 from server.api.open_inference import SERVICE as OPEN_INFERENCE
 from server.api.open_inference import OpenInferenceServicer
 from server.api.selection import Selection
+from server.api.training import TrainingServicer
+from server.api.training_desk import TrainingDesk
 from server.config import Config, ServerConfig
 from server.core import Task
 from server.errors import InvalidArgument, UnderstudyError
@@ -37,6 +39,9 @@ from server.parts import build_skills
 from server.runtime.repository import Repository
 from server.runtime.runtime import ModelState, ModelStatus, Runtime
 from server.tracing import make_tracer
+
+if TYPE_CHECKING:
+    from server.registry.registry import Registry
 
 # Between NOT_SERVING and the end of acceptance: time for health watchers and load balancers to look elsewhere.
 LAME_DUCK_S = 0.25
@@ -171,6 +176,7 @@ class App:
             (_service("skill_service", "SkillService"), skills.skills),
             (_service("feedback_service", "FeedbackService"), skills.feedback),
             (_service("ensemble_service", "EnsembleService"), skills.ensembles),
+            (_service("training_service", "TrainingService"), TrainingServicer(await self._desk(skills.registry), self._guard.draining)),
             (_service("model_service", "ModelService"), ModelServicer(runtime)),
             (
                 _service("stats_service", "StatsService"),
@@ -188,6 +194,15 @@ class App:
         handlers = [wire.handlers(descriptor, servicer, self._guard) for descriptor, servicer in servicers]
         handlers += [wire.handlers(descriptor, servicer, self._operators) for descriptor, servicer in operators]
         self._server.add_generic_rpc_handlers(tuple(handlers))
+
+    async def _desk(self, registry: Registry) -> TrainingDesk:
+        from server.lake.counting import rows_to_learn_from
+        from server.lake.reading import LakeReader
+
+        reader = LakeReader(self.config, registry)
+        desk = TrainingDesk(self.config, registry, lambda skill: rows_to_learn_from(self.config, reader, skill))
+        await asyncio.to_thread(desk.announce)
+        return desk
 
     def _listen(self) -> None:
         config = self.config.server

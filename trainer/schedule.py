@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC
 from zoneinfo import ZoneInfo
 
 from server.config import Config
 from server.errors import InvalidArgument, UnderstudyError
+from server.lake.counting import good_rows
 from server.lake.reading import LakeReader
 from server.logs import get
 from server.registry.jobs import now_ms
@@ -59,7 +60,7 @@ class Schedules:
             if self._counted.get(schedule.skill) == (version, since):
                 continue
             self._counted[schedule.skill] = (version, since)
-            found = good_rows(self._reader, schedule.skill, since, self._config)
+            found = good_rows(self._reader, schedule.skill, since)
             if found >= rows:
                 made += self._fire(schedule, since, {"rows": found, "version": version})
         return made
@@ -77,15 +78,3 @@ class Schedules:
             return []
         get("trainer").info("schedule made a job", skill=schedule.skill, schedule=schedule.spec, job=job)
         return [job]
-
-
-def good_rows(reader: LakeReader, skill: str, since_ms: int, config: Config) -> int:
-    """Rows later than `since_ms` with an answer of the teacher, or a correction, that may be trained on."""
-    import pyarrow.compute as pc
-
-    columns = ["teacher_label", "teacher_text", "training_allowed", "correction"]
-    table = reader.interactions(skill=skill, since=datetime.fromtimestamp(since_ms / 1000, UTC), columns=columns)
-    taught = pc.or_(pc.is_valid(table["teacher_label"]), pc.is_valid(table["teacher_text"]))
-    allowed = pc.fill_null(table["training_allowed"], False)
-    good = pc.or_(pc.and_(taught, allowed), pc.is_valid(table["correction"]))
-    return int(pc.sum(good).as_py() or 0)

@@ -10,9 +10,7 @@ import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-from server.errors import Unavailable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -22,6 +20,15 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 LOG_PREFIX = "log-"  # users' names are hexadecimal, so no user is called so
 _MANY = 500  # names a statement
+
+
+class Trained(NamedTuple):
+    """What interactions went into: jobs, and what they made, as "name@version". `recorded`: all that have a data set; `ended`: all."""
+
+    jobs: list[str]
+    made: list[str]
+    recorded: set[str]
+    ended: set[str]
 
 
 class UserKeys:
@@ -104,34 +111,42 @@ class UserKeys:
             self._empty_wal()
         return len(gone)
 
+    def trained_on(self, interactions: Collection[str]) -> Trained:
+        """The jobs that any of these interactions went into, and what they made."""
+        from sqlalchemy import select
+
+        from server.registry.schema import ADAPTERS, DATASET_ROWS, DATASETS, JOBS, MODELS
+
+        jobs: set[str] = set()
+        with self._begin() as connection:
+            for some in _chunks(sorted(interactions)):
+                own = select(DATASET_ROWS.c.dataset_id).where(DATASET_ROWS.c.interaction_id.in_(some))
+                jobs |= set(connection.execute(select(DATASETS.c.job_id).where(DATASETS.c.id.in_(own))).scalars()) - {None}
+            adapters: set[str] = set()
+            for some in _chunks(sorted(jobs)):
+                rows = connection.execute(select(ADAPTERS.c.skill, ADAPTERS.c.version).where(ADAPTERS.c.job_id.in_(some)))
+                adapters |= {f"{row.skill}@{row.version}" for row in rows}
+                rows = connection.execute(select(MODELS.c.name, MODELS.c.version).where(MODELS.c.job_id.in_(some)))
+                adapters |= {f"{row.name}@{row.version}" for row in rows}
+            recorded = set(connection.execute(select(DATASETS.c.job_id)).scalars())
+            ended = set(connection.execute(select(JOBS.c.id).where(JOBS.c.end_ms.is_not(None))).scalars())
+        return Trained(sorted(jobs), sorted(adapters), recorded, ended)
+
     @contextmanager
     def _begin(self, *, secure: bool = False) -> Iterator[Connection]:
-        from sqlalchemy import text
-        from sqlalchemy.exc import InterfaceError, OperationalError
+        from server.registry.registry import reaching
 
-        try:
-            with self._registry.engine().begin() as connection:
-                if secure and connection.dialect.name == "sqlite":
-                    connection.execute(text("PRAGMA secure_delete=ON"))
-                yield connection
-        except (OperationalError, InterfaceError) as error:
-            cause = str(error.orig).strip().splitlines()[0][:300] if str(error.orig).strip() else type(error).__name__
-            message = f"The registry's database does not answer: {cause}. Look at registry.url and at the database."
-            raise Unavailable(message, retry_after_s=5.0) from None
+        with reaching(), self._registry.engine().begin() as connection:
+            if secure and connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA secure_delete=ON")
+            yield connection
 
     def _empty_wal(self) -> None:
-        from sqlalchemy import text
-        from sqlalchemy.exc import OperationalError
-
+        """The log of writes keeps what a page held before; where a reader holds it, the next checkpoint empties it."""
         engine = self._registry.engine()
-        if engine.dialect.name != "sqlite":
-            return
-        try:
+        if engine.dialect.name == "sqlite":
             with engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-                connection.execute(text("SELECT 1"))
-        except OperationalError:
-            return  # a reader holds it; the next checkpoint does it
 
 
 def _find(connection: Connection, users: Iterable[str]) -> dict[str, bytes | None]:
