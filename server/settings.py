@@ -65,7 +65,7 @@ class SkillConfig(Section):
 
     `teacher` and `fallbacks` are "provider/model"; `base` is a model of the repository that heads are trained on; `student_model` is a
     local model that answers by itself, "model" or "model/adapter". Give `labels` or `labels_file` (one a line), `json_schema` or
-    `json_schema_file`. `rollout` auto: full where a calibrated student serves, else held.
+    `json_schema_file`. `rollout` auto: by the evidence, see RolloutConfig; full where there is no teacher to compare with.
     """
 
     task: str = "text-classification"
@@ -248,13 +248,16 @@ class CurationConfig(Section):
 class RolloutConfig(Section):
     """When a student takes over and when it goes back; for every skill whose `rollout` is auto. Shares are of requests."""
 
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)  # chance that a wrong step is taken over a stage's whole life, however often one looks
-    margin: float = Field(default=0.02, ge=0, lt=1)  # a student may be so much worse than what it was measured to be
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)  # chance of a wrong step over a student's whole life, however often one looks
+    margin: float = Field(default=0.03, ge=0, lt=1)  # a student may be so much worse than what it was measured to be
     min_comparisons: int = Field(default=50, ge=1)  # in a stage, before it can be passed
-    teacher_share: float = Field(default=0.03, ge=0, le=1)  # of what a student answers at 80 % and at full, that the teacher answers too
+    canary_share: float = Field(default=0.3, ge=0, le=1)  # of what a student answers at 10 and 50 %, that the teacher answers too
+    teacher_share: float = Field(default=0.03, ge=0, le=1)  # the same at 80 % and at full, for ever
+    first_share: float = Field(default=0.1, ge=0, le=1)  # the same for the first requests at full
+    first_requests: int = Field(default=500, ge=0)
     max_error_share: float = Field(default=0.02, ge=0, le=1)  # of the student's answers that fail
     max_latency_ratio: float = Field(default=2.0, gt=0)  # the student's p95 against the teacher's
-    drift_window: int = Field(default=500, ge=20)  # requests that are compared with those that it was trained on
+    drift_window: int = Field(default=500, ge=20)  # requests that are compared with those of the stages before
     poll_s: float = Field(default=1.0, gt=0)  # how often servers tell each other what they have seen
 
 
