@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from server.core import Message
-from server.routing.prompting import plain_prompt
+from server.core import Message, Work
+from server.routing.candidates import Brief
+from server.routing.prompting import messages_of, plain_prompt
 from server.routing.skills import Skill
 from server.runtime.decoder.load import read_text_parts
 from server.runtime.decoder.text import TextStreams
 from server.runtime.repository import ModelFiles
-from trainer.curate.asking import conversation
 from trainer.curate.rows import Row
 
 _MARK = "\U000e0041"  # stands for an answer in a rendered conversation; no template writes it
+
+
+def work_of(row: Row) -> Work:
+    """What the caller sent: a conversation, a pair (which the lake keeps as JSON), or a text."""
+    if row.messages:
+        return Work(messages=tuple(Message(role, content) for role, content in row.messages))
+    if row.text.startswith('{"text": '):
+        try:
+            value = json.loads(row.text)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and set(value) == {"text", "text_pair"} and all(isinstance(one, str) for one in value.values()):
+            return Work(value["text"], value["text_pair"])
+    return Work(row.text)
+
+
+def brief_of(skill: Skill, row: Row) -> Brief:
+    """What was asked of the skill with it."""
+    return Brief(skill, skill.labels, dict(row.parameters), row.instruction)
 
 
 class Prompts:
@@ -36,7 +56,7 @@ class Prompts:
 
     def prompt(self, row: Row) -> list[int]:
         """What the student is given. Raises InvalidArgument where the template does not take the conversation; InputTooLong."""
-        return self.of(conversation(self._skill, row))
+        return self.of(messages_of(brief_of(self._skill, row), work_of(row)))
 
     def of(self, messages: Sequence[Message]) -> list[int]:
         """The same, of a whole conversation; errors as `prompt`'s."""
