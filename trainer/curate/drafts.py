@@ -1,4 +1,7 @@
-"""The lake's rows as drafts: what was asked, what each side answered, what people said of it. Nothing in the lake is trusted to be well-formed."""
+"""The lake's rows as drafts: what was asked, what each side answered, what people said of it.
+
+Nothing in the lake is trusted to be well-formed.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,8 @@ def draft_of(raw: Mapping[str, Any], classifies: bool, settings: CurationConfig)
         return TOO_LONG
     teacher, student, delivered = answers["teacher_text"], answers["student_text"], answers["output_text"]
     if classifies:
-        teacher, student, delivered = clean(raw.get("teacher_label")), clean(raw.get("student_label")), _first(raw.get("labels")) or delivered
+        teacher, student = clean(raw.get("teacher_label")), clean(raw.get("student_label"))
+        delivered = _first(raw.get("labels")) or delivered
     group = str(raw.get("user_hash") or "")
     return Draft(
         interaction_id=key,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -132,7 +131,8 @@ def sign(texts: Sequence[str], check: Callable[[], None] = lambda: None) -> Sign
     signatures = np.empty((len(texts), PERMUTATIONS), np.uint32)
     for start in range(0, len(texts), _PART):
         check()
-        sets = [_shingles(text) or frozenset({zlib.crc32(f"\0{start + n}".encode())}) for n, text in enumerate(texts[start : start + _PART])]
+        part = enumerate(texts[start : start + _PART], start)
+        sets = [_shingles(text) or frozenset({zlib.crc32(f"\0{number}".encode())}) for number, text in part]
         lengths = np.array([len(one) for one in sets])
         flat = np.fromiter((value for one in sets for value in one), np.uint64, int(lengths.sum()))
         begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])

@@ -2,8 +2,8 @@
 
 Of an answer, the lake knows whether its provider was configured with `training_allowed`, and the source model's name. Weights that are
 published come with a licence, which says something of what a model writes, whoever runs it; vendors' closed models have terms instead,
-which only the operator can have read.
-A licence that is known to forbid it is heard even where the provider's setting says yes. This table is a help and no legal advice; `curation.licences` and `curation.allowed_licences` add to it.
+which only the operator can have read. A licence that is known to forbid it is heard even where the provider's setting says yes. This
+table is a help and no legal advice; `curation.licences` and `curation.allowed_licences` add to it.
 """
 
 from __future__ import annotations
