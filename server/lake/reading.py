@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from functools import reduce
-from operator import and_
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from server.config import Config
@@ -112,14 +110,7 @@ class LakeReader:
     def _read(
         self, name: str, columns: list[str], skill: str | None, since: datetime | None, until: datetime | None, include_erased: bool
     ) -> pa.Table:
-        import pyarrow.dataset as ds
-
-        terms = []  # of the day too, so that other partitions are not opened
-        if since is not None:
-            terms.append((ds.field("time") >= since) & (ds.field("date") >= since.astimezone(UTC).date().isoformat()))
-        if until is not None:
-            terms.append((ds.field("time") < until) & (ds.field("date") <= until.astimezone(UTC).date().isoformat()))
-        where = reduce(and_, terms) if terms else None
+        where = table.between(since, until)
         needed = list(dict.fromkeys([*columns, "interaction_id", "user_hash", "sealed"]))
         rows = table.read(self._place, name, equals={"skill": skill} if skill else None, names=needed, where=where)
         return self._opened(name, rows, include_erased).select(columns)

@@ -103,6 +103,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "error": "string",
         "user_hash": "string",
         "sealed": "string",
+        "propensity": "float",
     },
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +61,18 @@ def scan(found: DeltaTable, table: str, *, equals: Mapping[str, str] | None = No
         rows[name].cast(whole.field(name).type) if name in there else pa.nulls(rows.num_rows, whole.field(name).type) for name in names
     ]
     return pa.table(columns, schema=pa.schema([whole.field(name) for name in names]))
+
+
+def between(since: datetime | None, until: datetime | None) -> Any:
+    """A condition on `time`, from `since` on and before `until` (aware); on the day too, so that other partitions are not opened."""
+    import pyarrow.dataset as ds
+
+    terms = []
+    if since is not None:
+        terms.append((ds.field("time") >= since) & (ds.field("date") >= since.astimezone(UTC).date().isoformat()))
+    if until is not None:
+        terms.append((ds.field("time") < until) & (ds.field("date") <= until.astimezone(UTC).date().isoformat()))
+    return reduce(and_, terms) if terms else None
 
 
 def count(lake: Path | Place, table: str) -> int:
