@@ -21,7 +21,8 @@ KIND_OF: dict[str, pb.TrainingJobKind] = {
     kind: pb.TrainingJobKind.Value(f"TRAINING_JOB_KIND_{kind.upper()}")  # type: ignore[misc]
     for kind in KINDS
 }
-_SPEC = ("method", "seed", "hub_repo", "provider")
+_SPEC = ("method", "seed", "hub_repo", "provider", "model", "epochs")
+_COST = "max_cost_usd"
 
 
 def to_job(job: Job, *, whole: bool = True) -> pb.TrainingJob:
@@ -41,6 +42,8 @@ def to_job(job: Job, *, whole: bool = True) -> pb.TrainingJob:
     for field, value in (("create_time", job.create_ms), ("start_time", job.start_ms), ("end_time", job.end_ms)):
         if value is not None:
             getattr(message, field).CopyFrom(stamp(value))
+    if _COST in job.spec:
+        message.max_cost.micro_usd = round(job.spec[_COST] * 1e6)
     if job.error is not None:
         message.error.CopyFrom(pb.TrainingJobError(reason=job.error.reason, message=job.error.message, metadata=dict(job.error.metadata)))
     metrics = job.report.get("metrics")
@@ -54,7 +57,10 @@ def to_job(job: Job, *, whole: bool = True) -> pb.TrainingJob:
 
 def spec_of(message: pb.TrainingJob) -> dict[str, Any]:
     """What a job's message asks for, as its spec; what is not set is left out."""
-    return {key: getattr(message, key) for key in _SPEC if getattr(message, key)}
+    spec: dict[str, Any] = {key: getattr(message, key) for key in _SPEC if getattr(message, key)}
+    if message.HasField("max_cost"):
+        spec[_COST] = message.max_cost.micro_usd / 1e6
+    return spec
 
 
 def kind_of(value: int, field: str) -> str:

@@ -18,11 +18,11 @@ MAX_VALUE = 256  # characters
 
 
 def checked_spec(config: Config, skill: str, kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of a job without what is empty.
+    """The spec of a job without what is empty; keys that only one kind of job or method knows are left for it to check.
 
     Raises:
         SkillNotFound: with near names.
-        InvalidArgument: unknown kind, key or method, a seed out of range; with what is allowed.
+        InvalidArgument: unknown kind or method, a seed out of range; with what is allowed.
         FailedPrecondition: the skill has no base to learn on.
     """
     if skill not in config.skills:
@@ -33,10 +33,10 @@ def checked_spec(config: Config, skill: str, kind: str, spec: Mapping[str, Any])
         raise InvalidArgument(f"kind is {kind[:64]!r}; expected one of {', '.join(KINDS)}.", field="kind")
     found = {key: value for key, value in spec.items() if value not in ("", None)}
     for key, value in found.items():
-        if key not in KEYS:
-            raise InvalidArgument(f"{key[:64]!r} is nothing that a job knows; {', '.join(KEYS)} are.", field=key[:64])
+        if not isinstance(value, str | int | float | bool):
+            raise InvalidArgument(f"{key[:64]} is {type(value).__name__}; expected a text, a number, or true or false.", field=key[:64])
         if isinstance(value, str) and len(value) > MAX_VALUE:
-            raise InvalidArgument(f"{key} has over {MAX_VALUE} characters.", field=key, limit=MAX_VALUE)
+            raise InvalidArgument(f"{key[:64]} has over {MAX_VALUE} characters.", field=key[:64], limit=MAX_VALUE)
     method = found.get("method", "auto")
     if method not in METHODS:
         raise InvalidArgument(f"method is {str(method)[:64]!r}; expected one of {', '.join(METHODS)}.", field="method")
