@@ -59,7 +59,7 @@ def open_base(config: Config, skill: str, scratch: Path) -> GeneratorBase:
     if files.manifest.decoder is None:
         message = f"{where} is {named!r}, a model for {files.manifest.task.value}, which writes no text by itself."
         raise InvalidArgument(f"{message} {_decoders(repository, where)}", field=where, skill=skill)
-    return GeneratorBase(files, _torch_folder(config, named, files.manifest, scratch))
+    return GeneratorBase(files, _torch_folder(config, named, scratch))
 
 
 def load_torch(base: GeneratorBase) -> Any:
@@ -103,10 +103,9 @@ def _mend(base: GeneratorBase) -> str:
     return f"Set training.sources.{base.manifest.name} to the folder or Hub id of the very model that was pulled."
 
 
-def _torch_folder(config: Config, name: str, manifest: Manifest, scratch: Path) -> Path:
+def _torch_folder(config: Config, name: str, scratch: Path) -> Path:
     """Raises FailedPrecondition."""
-    source = manifest.source
-    said = config.training.sources.get(name, "") or (source.id if source is not None and source.kind == "folder" else "")
+    said = config.training.sources.get(name, "")
     old = llama2c_files(FolderOrigin(Path(said))) if said and Path(said).is_dir() and not (Path(said) / "config.json").is_file() else None
     if old is None:
         return find_source(config, name).folder
