@@ -146,6 +146,7 @@ instruction = "Say what the customer wants."
 labels = {labels}
 teacher = "simulation/{MODEL}"
 base = "{BASE}"
+rollout = "full"  # so few requests leave no time for a shadow and canaries
 """,
             encoding="utf-8",
         )

@@ -58,6 +58,8 @@ NAMES = {
     "understudy_skill_escalations_total": "Items that one candidate could not answer well enough, and another was asked, by skill.",
     "understudy_budget_used_ratio": "Share of a budget's limit that is spent, over all servers, by scope and window.",
     "understudy_budget_refusals_total": "Paid calls refused for want of budget, by scope and window.",
+    "understudy_rollout_percent": "Share of a skill's requests that its newest student may answer, in percent.",
+    "understudy_rollout_steps_total": "Steps of rollouts, by skill and where they led.",
     "understudy_model_ready": "1 while a model version answers.",
 }
 
@@ -113,6 +115,8 @@ class Metrics:
         self._skill_escalations = self._counter("understudy_skill_escalations_total", ("skill",))
         self._budget_used = self._gauge("understudy_budget_used_ratio", ("scope", "window"))
         self._budget_refusals = self._counter("understudy_budget_refusals_total", ("scope", "window"))
+        self._rollout_percent = self._gauge("understudy_rollout_percent", ("skill",))
+        self._rollout_steps = self._counter("understudy_rollout_steps_total", ("skill", "to"))
         self.stats = Stats()
         self._waiting: dict[str, int] = {}
         self._children: dict[tuple[object, ...], Any] = {}
@@ -152,6 +156,11 @@ class Metrics:
             self._child(self._skill_cost, skill).inc(report.cost_micro_usd / 1e6)
         if report.escalated:
             self._child(self._skill_escalations, skill).inc()
+
+    def rollout(self, skill: str, percent: int, step: str) -> None:
+        """A skill's rollout took a step: shadow, canary 10, ..., full, rolled_back."""
+        self._child(self._rollout_percent, skill).set(percent)
+        self._child(self._rollout_steps, skill, step).inc()
 
     def budget_used(self, scope: str, window: str, ratio: float) -> None:
         """The share of a limit that is spent."""

@@ -20,7 +20,7 @@ from server.errors import UnderstudyError
 from server.metrics import Metrics
 from server.routing.budget import Budget
 from server.routing.candidates import Brief
-from server.runtime.adapters import AdapterStore
+from server.runtime.adapters import AdapterStore, stand_of
 from server.runtime.runtime import Runtime
 from server.runtime.verify import MODEL
 from server.stats import ItemReport
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from server.lake.lake import Lake
     from server.providers.base import Provider
     from server.registry.registry import Registry
+    from server.routing.afterwards import Afterwards
     from server.routing.difficulty_book import DifficultyBook
+    from server.routing.rollout_book import RolloutBook
+    from server.routing.skills import SkillBook
 
 ADAPTERS = "adapters"  # the folder of the model repository that holds them
 
@@ -49,17 +52,22 @@ class SkillParts:
     providers: Mapping[str, Provider]
     budget: Budget
     difficulty: DifficultyBook
+    rollouts: RolloutBook
+    afterwards: Afterwards
 
     async def start(self) -> None:
-        """Looks for adapters and at what is spent, and starts the threads."""
+        """Looks for adapters, at the rollouts and at what is spent, and starts the threads."""
         await self.adapters.start()
+        await self.rollouts.start()
         await self.difficulty.start()
         await self.budget.start()
         await asyncio.to_thread(self.lake.start)
 
     async def close(self) -> None:
         """Stops in the order of dependence; the lake's log is sealed and converted last."""
+        await self.afterwards.close()
         await self.adapters.stop()
+        await self.rollouts.close()
         await self.difficulty.stop()
         for provider in self.providers.values():
             await provider.close()
@@ -71,6 +79,7 @@ class SkillParts:
 def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics: Metrics) -> SkillParts:
     """Everything behind Run, SkillService and FeedbackService. Raises InvalidArgument for a skill or provider that cannot work."""
     from server.lake.lake import Lake
+    from server.lake.reading import LakeReader
     from server.providers.make import make_providers
     from server.registry.registry import Registry
     from server.routing.detection import Detection
@@ -80,13 +89,11 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     from server.routing.pace import Paces
     from server.routing.router import Router
     from server.routing.routes import RouteParts
-    from server.routing.skills import SkillBook
 
     models = Path(config.models.path)
-    store = AdapterStore(models / ADAPTERS, base_sha256=lambda name: base_sha256(runtime, name), poll_s=config.models.adapter_poll_s)
-    book = SkillBook.from_config(config, store)
-    providers = make_providers(config.providers)
     registry = Registry(config.registry)
+    store, book, rollouts = make_students(config, runtime, registry, metrics)
+    providers = make_providers(config.providers)
     lake = Lake.of(config, registry)
     budget = Budget(config.budget, registry, observer=metrics)
     difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
@@ -111,13 +118,13 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         Detection(runtime, embedder, Path(config.lake.path).parent / "cache"),
         ItemReports(metrics),
     )
-    router = Router(parts, lake, judge, detector=detector, observer=observer, hold_tokens=config.routing.hold_tokens)
+    router = Router(parts, lake, judge, detector=detector, observer=observer, rollouts=rollouts, hold_tokens=config.routing.hold_tokens)
     ensembles = Ensembles(parts, lake, judge, embedder, detector=detector, observer=observer)
     return SkillParts(
         RunServicer(router, config.server.max_items, config.routing.run_many_in_flight),
         SkillGeneration(router),
-        SkillServicer(book),
-        FeedbackServicer(lake, registry),
+        SkillServicer(book, rollouts),
+        FeedbackServicer(lake, registry, LakeReader(config, registry)),
         EnsembleServicer(ensembles),
         store,
         lake,
@@ -125,7 +132,33 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         providers,
         budget,
         difficulty,
+        rollouts,
+        router.afterwards,
     )
+
+
+def make_students(config: Config, runtime: Runtime, registry: Registry, metrics: Metrics) -> tuple[AdapterStore, SkillBook, RolloutBook]:
+    """The students on the disk, the skills that they stand in for, and how far each one's rollout is."""
+    from server.registry.rollouts import RolloutTable
+    from server.routing.rollout_book import RolloutBook
+    from server.routing.skills import SkillBook
+    from server.runtime.student_models import ReadyStudents, StudentModels
+
+    async def load_models() -> None:
+        """What students of our skills stand on, but for those that were rolled back."""
+        wanted = ((skill, number, made) for skill in book.names() for number, made in store.made(skill).items())
+        await models.ensure(stand_of(made) for skill, number, made in wanted if rollouts.wants(skill, str(number)))
+
+    root = Path(config.models.path) / ADAPTERS
+    store = AdapterStore(
+        root, base_sha256=lambda name: base_sha256(runtime, name), poll_s=config.models.adapter_poll_s, after_look=load_models
+    )
+    models = StudentModels(runtime)
+    students = ReadyStudents(store, models)
+    rollouts = RolloutBook(config.rollout, RolloutTable(registry), students, keep=store.keep, counters=metrics)
+    book = SkillBook.from_config(config, store, students=students, rollouts=rollouts)
+    rollouts.of(book)
+    return store, book, rollouts
 
 
 class ItemReports:

@@ -128,16 +128,17 @@ class RolloutTable:
         with self._connect() as connection:
             connection.execute(ROLLOUT_EVENTS.insert().values(**event, student=student, reason=reason, evidence=json.dumps(evidence)))
 
-    def events(self, skill: str, most: int = 100, before_ms: int | None = None) -> list[RolloutEvent]:
-        """A skill's steps, newest first."""
+    def events(self, skill: str, most: int = 100, after: tuple[int, str] | None = None) -> list[RolloutEvent]:
+        """A skill's steps, newest first; `after`: time and id of the last one of the page before."""
         from sqlalchemy import select
 
         from server.registry.schema import ROLLOUT_EVENTS
 
+        when, key = ROLLOUT_EVENTS.c.time_ms, ROLLOUT_EVENTS.c.id
         query = select(ROLLOUT_EVENTS).where(ROLLOUT_EVENTS.c.skill == skill)
-        if before_ms is not None:
-            query = query.where(ROLLOUT_EVENTS.c.time_ms < before_ms)
-        query = query.order_by(ROLLOUT_EVENTS.c.time_ms.desc(), ROLLOUT_EVENTS.c.id).limit(most)
+        if after is not None:
+            query = query.where((when < after[0]) | ((when == after[0]) & (key > after[1])))
+        query = query.order_by(when.desc(), key).limit(most)
         with self._connect() as connection:
             rows = connection.execute(query).all()
         return [

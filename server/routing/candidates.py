@@ -10,6 +10,7 @@ import numpy as np
 
 from server.core import Call, FloatArray, Reply, Timings, Tool, Usage, Work
 from server.errors import UnderstudyError
+from server.quality.model import QualityModel
 from server.routing.skills import Skill
 
 _NONE = np.zeros(0, np.float32)
@@ -44,7 +45,8 @@ class Signals:
 class Answer:
     """One candidate's answer to one item. `quality` is None where it was not scored; `findings` says what was found wanting.
 
-    `basis`: who gave the quality, where that is not a calibration of the skill's own.
+    `basis`: who gave the quality, where that is not a calibration of the skill's own. `judged_by`: the quality model of the student that
+    gave it, where it has its own.
     """
 
     reply: Reply
@@ -58,6 +60,7 @@ class Answer:
     tries: int = 1
     signals: Signals = field(default_factory=Signals)
     basis: str = ""
+    judged_by: QualityModel | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from server.core import Call, Timings, Usage
+from server.core import Call, Priority, Timings, Usage
 from server.routing.candidates import Allowance, Answer, Brief, Candidate, Failure
 from server.routing.items import Item, Place
 from server.routing.policy import share_of_deadline
+
+# Longest that an answer for comparison may take, in seconds.
+SHADOW_S = 60.0
 
 
 class Judge(Protocol):
@@ -43,19 +46,21 @@ class Cascade:
 
     async def run(self, route: Sequence[Place], items: Sequence[Item]) -> None:
         """Answers what can be answered; what cannot be is closed by the caller."""
-        shadows = [asyncio.ensure_future(self._shadow(place, items)) for place in route if place.shadow]
         asked = [place for place in route if not place.shadow]
-        try:
-            for number, place in enumerate(asked):
-                pending = [item for item in items if not item.done]
-                if not pending:
-                    break
-                await self._ask(place.candidate, pending, asked[number + 1 :])
-        finally:
-            if shadows:
-                for task in shadows:  # a shadow that is slower than the teacher is left: nobody waits for it
-                    task.cancel()
-                await asyncio.gather(*shadows, return_exceptions=True)
+        for number, place in enumerate(asked):
+            pending = [item for item in items if not item.done]
+            if not pending:
+                break
+            await self._ask(place.candidate, pending, asked[number + 1 :])
+
+    def shadow(self, route: Sequence[Place], items: Sequence[Item]) -> list[asyncio.Task[None]]:
+        """Begins to ask those that run in the shadow. Nobody waits for them: they go on after the answer went out, and yield to callers."""
+        found = []
+        for place in route:
+            under = [item for item in items if place.candidate.name not in item.unshadowed] if place.shadow else []
+            if under:
+                found.append(asyncio.ensure_future(self._shadow(place, under)))
+        return found
 
     def allowance(self, later: int) -> Allowance:
         """What one item may take of the candidate that is asked now."""
@@ -127,10 +132,12 @@ class Cascade:
     async def _shadow(self, place: Place, items: Sequence[Item]) -> None:
         """Asks for comparison: what comes in time is kept in the story, and changes nothing."""
         candidate = place.candidate
-        answers = candidate.answers([item.work for item in items], self._call, Timings(), self.allowance(0))
+        own = Call(self._call.request_id, time.monotonic() + SHADOW_S, Priority.BULK, tenant=self._call.tenant, user=self._call.user)
+        answers = candidate.answers([item.work for item in items], own, Timings(), Allowance(None, own.deadline))
         async for index, answer in answers:
             item = items[index]
             if isinstance(answer, Failure):
+                item.failures[candidate.name] = answer
                 item.hop(candidate, "shadow", answer.error.message, answer)
                 continue
             answer = self._judge.look(self._brief, item, answer)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from server.core import Preference, Task, Work
 from server.errors import InvalidArgument, ModelNotFound, NotFound, TaskNotSupported, VersionNotFound, near_names
 from server.routing.candidates import Brief, Candidate
-from server.routing.local_head import HeadCandidate
 from server.routing.local_model import EncoderCandidate, GeneratorCandidate
 from server.routing.remote import ProviderCandidate
-from server.routing.routes import RouteParts, local_tasks
+from server.routing.routes import RouteParts, candidate_of, local_tasks
 
 MAX_MEMBERS, MAX_CALLS = 16, 32
 SAMPLE_TEMPERATURE = 0.7  # of members that are asked several times, where nobody says otherwise
@@ -110,10 +109,10 @@ def _remote(asked: MemberAsk, brief: Brief, parts: RouteParts, field: str) -> Pr
 def _local(asked: MemberAsk, brief: Brief, parts: RouteParts, field: str) -> Candidate:
     name, _, version = asked.model.removeprefix(_LOCAL).partition("@")
     student = parts.skills.student(brief.skill.name)
-    if student is not None and name == student.head.manifest.name:
-        _check_version(version, student.head.manifest.version, asked, field)
-        found: Candidate = HeadCandidate(student, parts.runtime, parts.paces)
-        return _once(found, asked, field)
+    if student is not None and name == student.skill:
+        _check_version(version, student.version, asked, field)
+        found = candidate_of(student, brief, parts.runtime, parts.paces)
+        return found if isinstance(found, GeneratorCandidate) else _once(found, asked, field)
     base = name.partition("/")[0]
     tasks = local_tasks(brief)
     task = next((task for task in tasks if base in parts.runtime.models_for(task)), None)

@@ -12,21 +12,27 @@ from server.routing.candidates import Answer, Candidate, Failure
 
 @dataclass(slots=True)
 class Place:
-    """A candidate's place in a route. `shadow`: it is asked for comparison and never delivers."""
+    """A candidate's place in a route. `shadow`: it is asked for comparison and never delivers; `version`: of a student of the skill."""
 
     candidate: Candidate
     reason: str
     shadow: bool = False
+    version: str = ""
 
 
 @dataclass(slots=True)
 class Item:
-    """One input, and what the lake wants to know of it. `passed_over`: candidates that are not asked for it, and why."""
+    """One input, and what the lake wants to know of it. `passed_over`: candidates that are not asked for it, and why; `unshadowed`:
+    candidates that are not asked in its shadow, because they may answer it.
+    """
 
     work: Work
     outcome: Outcome
     passed_over: dict[str, str] = field(default_factory=dict)
+    unshadowed: frozenset[str] = frozenset()
     answers: dict[str, Answer] = field(default_factory=dict)  # by candidate
+    failures: dict[str, Failure] = field(default_factory=dict)  # by candidate
+    recorded: frozenset[str] = frozenset()  # whose answers the lake's row has
     last: Failure | None = None
     done: bool = False
     input_tokens: int = 0
@@ -52,6 +58,7 @@ class Item:
         if isinstance(answer, Answer):
             self.answers[candidate.name] = answer
         else:
+            self.failures[candidate.name] = answer
             self.last = answer
 
     def hop(self, candidate: Candidate, outcome: str, reason: str, answer: Answer | Failure | None = None) -> None:

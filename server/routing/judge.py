@@ -90,7 +90,7 @@ class QualityJudge:
             valid=signals.valid,
             agreement=signals.agreement,
         )
-        model, own = self._book.of(skill.name)
+        model, own = (answer.judged_by, True) if answer.judged_by is not None else self._book.of(skill.name)
         quality = score(model, observed)
         return replace(answer, quality=quality.value, findings=quality.findings, basis="" if own else "the cold-start model")
 

@@ -50,6 +50,11 @@ class HeadCandidate:
         raise Unimplemented(f"{self.name} gives labels, which are no stream. Call Run.")
         yield Piece()
 
+    def _version(self) -> str | None:
+        """The base's version that the head was trained on, where it is loaded; the default otherwise, which may be the same graph."""
+        base = self._student.head.manifest.base
+        return base.version if self._runtime.has(base.name, base.version) else None
+
     async def answers(
         self, works: Sequence[Work], call: Call, timings: Timings, allowed: Allowance
     ) -> AsyncIterator[tuple[int, Answer | Failure]]:
@@ -60,7 +65,7 @@ class HeadCandidate:
         try:
             # The head's own base, not the skill's setting: after a change of the setting the head still reads what it was trained on.
             base = head.manifest.base
-            with self._runtime.use(base.name, Task.FEATURE_EXTRACTION) as model:
+            with self._runtime.use(base.name, Task.FEATURE_EXTRACTION, self._version()) as model:
                 if model.manifest.files[MODEL].sha256 != base.sha256:
                     raise ModelNotLoaded(f"{self.name} was trained on another version of {base.name!r}.", model=base.name)
                 dimensions = features.size if features.size != model.manifest.hidden_size else None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from server.core import Call, Message, Reply, Results, Task, Timings, Usage, Work
 from server.errors import InternalError, ProviderUnavailable, UnderstudyError
+from server.quality.model import QualityModel
 from server.routing.candidates import Allowance, Answer, Brief, Failure, Piece, Signals
+from server.routing.judge import SCORED
 from server.routing.pace import Paces
 from server.routing.prompting import format_of, max_tokens_of, messages_of, plain_prompt, read_reply
 from server.routing.schema_check import checker
@@ -27,24 +29,56 @@ _SECOND_TEMPERATURE = 0.7  # a second try at temperature 0 would say the same
 _MAX_LABELS = 8
 
 
+@dataclass(slots=True, frozen=True)
+class Pinned:
+    """A student that a model serves as: its name in decisions, the model's version, and how its answers are judged.
+
+    `quality`: of each answer, where nothing tells them apart: what the student was measured to be on held-out rows.
+    """
+
+    name: str
+    version: str
+    judge: QualityModel | None = None
+    quality: float | None = None
+
+
 class LocalModel:
-    """What all of them share. `model`: "model" or "model/adapter"; `task`: of the model, which need not be the skill's."""
+    """What all of them share. `model`: "model" or "model/adapter"; `task`: of the model, which need not be the skill's.
+
+    Without `pinned` the version answers that is the model's default.
+    """
 
     local = True
     scored = True
     aborted_micro_usd = 0
 
-    def __init__(self, model: str, task: Task, runtime: Runtime, brief: Brief, paces: Paces) -> None:
+    def __init__(self, model: str, task: Task, runtime: Runtime, brief: Brief, paces: Paces, pinned: Pinned | None = None) -> None:
         self._model, _, self._adapter = model.partition("/")
         self._task = task
         self._runtime = runtime
         self._brief = brief
         self._paces = paces
-        self.name = f"local:{model}@{runtime.manifest(self._model).version}" if not self._adapter else f"local:{model}"
+        self._pinned = pinned
+        self._version = pinned.version if pinned is not None else None
+        if pinned is not None:
+            self.name = pinned.name
+        else:
+            self.name = f"local:{model}@{runtime.manifest(self._model).version}" if not self._adapter else f"local:{model}"
 
     def closed(self) -> str:
         """See Candidate."""
+        if self._version is not None:
+            return "" if self._runtime.has(self._model, self._version) else f"{self._model}@{self._version} is not loaded"
         return "" if self._model in self._runtime.models_for(self._task) else f"{self._model!r} is not loaded"
+
+    def _judged(self, answer: Answer) -> Answer:
+        """With how the student's answers are judged, where it has a way of its own."""
+        pinned = self._pinned
+        if pinned is None or (pinned.judge is None and pinned.quality is None):
+            return answer
+        if self._brief.skill.task in SCORED or answer.quality is not None:
+            return replace(answer, judged_by=pinned.judge)
+        return replace(answer, quality=pinned.quality, basis="what it was measured to be on held-out rows")
 
     def expected_s(self) -> float | None:
         """See Candidate."""
@@ -78,7 +112,8 @@ class EncoderCandidate(LocalModel):
                 known = item if isinstance(item, UnderstudyError) else InternalError(f"model {self._model!r} failed on an item")
                 yield index, Failure(known, elapsed_s=elapsed)
             else:
-                yield index, Answer(self._reply(item), usage=share, source_model=self._model, elapsed_s=elapsed)
+                answer = Answer(self._reply(item), usage=share, source_model=self._model, elapsed_s=elapsed)
+                yield index, self._judged(answer)
 
     async def second_try(self, work: Work, first: Answer, call: Call, allowed: Allowance) -> Answer | Failure | None:
         """None: it says the same again."""
@@ -96,9 +131,9 @@ class EncoderCandidate(LocalModel):
         if self._task in (Task.TRANSLATION, Task.SUMMARIZATION):
             parameters = self._brief.parameters
             options = Seq2SeqOptions(parameters.get("source_language", ""), parameters.get("target_language", ""))
-            with self._runtime.use_seq2seq(self._model, self._task) as seq2seq:
+            with self._runtime.use_seq2seq(self._model, self._task, self._version) as seq2seq:
                 return await seq2seq.generate([work.text for work in works], call, options)
-        with self._runtime.use(self._model, self._task) as model:
+        with self._runtime.use(self._model, self._task, self._version) as model:
             return await self._encode(model, works, call)
 
     async def _encode(self, model: Any, works: Sequence[Work], call: Call) -> Results[Any]:
@@ -173,8 +208,8 @@ async def _relevances(model: Any, works: Sequence[Work], call: Call) -> Results[
 class GeneratorCandidate(LocalModel):
     """A text-generation model that is told what a provider would be told."""
 
-    def __init__(self, model: str, runtime: Runtime, brief: Brief, paces: Paces) -> None:
-        super().__init__(model, Task.TEXT_GENERATION, runtime, brief, paces)
+    def __init__(self, model: str, runtime: Runtime, brief: Brief, paces: Paces, pinned: Pinned | None = None) -> None:
+        super().__init__(model, Task.TEXT_GENERATION, runtime, brief, paces, pinned)
         self._check = checker(brief.skill.json_schema) if brief.skill.json_schema else None
 
     async def answers(
@@ -206,7 +241,7 @@ class GeneratorCandidate(LocalModel):
     async def stream(self, work: Work, call: Call, allowed: Allowance) -> AsyncGenerator[Piece, None]:
         """See Candidate."""
         started = time.perf_counter()
-        with self._runtime.use_generator(self._model) as model:
+        with self._runtime.use_generator(self._model, version=self._version) as model:
             generation = await model.generate(self._request(model, messages_of(self._brief, work), None), call)
             texts: list[str] = []
             tokens: list[Token] = []
@@ -227,14 +262,14 @@ class GeneratorCandidate(LocalModel):
         reply = Reply("".join(texts), tool_calls=last.tool_calls, finish=last.finish)
         elapsed = time.perf_counter() - started
         signals = replace(_signals(tokens), valid=None if self._check is None else not self._check(reply.text))
-        yield Piece(answer=Answer(reply, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals))
+        yield Piece(answer=self._judged(Answer(reply, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals)))
 
     async def _one(
         self, work: Work, call: Call, timings: Timings, messages: Sequence[Message], temperature: float | None = None
     ) -> Answer | Failure:
         started = time.perf_counter()
         try:
-            with self._runtime.use_generator(self._model) as model:
+            with self._runtime.use_generator(self._model, version=self._version) as model:
                 generation = await model.generate(self._request(model, messages, temperature), call)
                 try:
                     (answer,) = await generation.collect()
@@ -258,7 +293,7 @@ class GeneratorCandidate(LocalModel):
         if isinstance(found, str):
             return Failure(ProviderUnavailable(f"{self.name} answered with {found}."), usage=usage, elapsed_s=elapsed)
         signals = replace(signals, valid=True if self._check else None)
-        return Answer(found, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals)
+        return self._judged(Answer(found, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals))
 
     def _request(self, model: GeneratorModel, messages: Sequence[Message], temperature: float | None) -> GenerateRequest:
         skill = self._brief.skill

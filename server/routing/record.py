@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, fields
 from typing import Any
 
 from server.core import Call, Hop, Timings, Work
 from server.errors import InternalError, UnderstudyError
-from server.routing.candidates import Answer, Brief
+from server.routing.candidates import Answer, Brief, Failure
 from server.routing.items import Item
 
 _MOST_LABELS = 8
+_LOCAL = "local:"
 _HOP = tuple(field.name for field in fields(Hop))  # asdict() copies deeply, which a hop needs not
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -20,7 +22,7 @@ def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int,
     """The interaction as server.lake.schema describes it, without `user_hash`, which is the lake's to make."""
     skill, outcome, decision = brief.skill, item.outcome, item.outcome.decision
     teacher = next((item.answers[name] for name in skill.teachers if name in item.answers), None)
-    name, student = next(((key, value) for key, value in item.answers.items() if key.startswith("local:")), ("", None))
+    name, student = local_answer(item)
     delivered = item.answers.get(decision.candidate)
     adapter, _, version = name.removeprefix("local:").partition("@")
     reply = outcome.reply
@@ -71,6 +73,37 @@ def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int,
         "rollout_stage": decision.rollout_stage,
         "propensity": decision.propensity,
         "tenant": call.tenant or None,
+    }
+
+
+def local_answer(item: Item) -> tuple[str, Answer | None]:
+    """The student whose answer the row tells: the one that was delivered, else the first that answered. Others are rows of shadows."""
+    candidate = item.outcome.decision.candidate
+    if candidate.startswith(_LOCAL) and candidate in item.answers:
+        return candidate, item.answers[candidate]
+    return next(((key, value) for key, value in item.answers.items() if key.startswith(_LOCAL)), ("", None))
+
+
+def shadow_row(brief: Brief, item: Item, candidate: str, role: str, found: Answer | Failure, propensity: float) -> dict[str, Any]:
+    """An answer that was asked for comparison and is no part of the interaction's row; as server.lake.schema describes it. `role`: student
+    or teacher; `propensity`: the probability with which it was asked.
+    """
+    answer = found if isinstance(found, Answer) else None
+    return {
+        "time_ns": time.time_ns(),
+        "interaction_id": item.outcome.interaction_id,
+        "skill": brief.skill.name,
+        "candidate": candidate,
+        "role": role,
+        "label": _label(answer),
+        "text": answer.reply.text if answer else None,
+        "quality": answer.quality if answer else None,
+        "source_model": answer.source_model if answer else None,
+        "training_allowed": bool(answer and answer.training_allowed),
+        "cost_micro_usd": found.cost_micro_usd,
+        "total_ms": found.elapsed_s * 1e3,
+        "error": None if isinstance(found, Answer) else _reason(found.error),
+        "propensity": propensity,
     }
 
 

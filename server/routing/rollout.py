@@ -81,8 +81,8 @@ class Rollout:
     """Where a skill's rollout is. Versions are those of the skill's students, as text; "" is none.
 
     `student` is at `stage` with `percent` of the requests; `champion` answers the others, where there is one besides; `former`: champions
-    before, newest first; `refused`: rolled back, and not taken again unless told; `paused`: it stays whatever the evidence says. `epoch` numbers the
-    stages: evidence is counted by it.
+    before, newest first; `refused`: rolled back, and not taken again unless told; `paused`: it stays whatever the evidence says. `epoch`
+    numbers the stages: evidence is counted by it.
     """
 
     stage: str = HELD
@@ -120,9 +120,10 @@ class Rollout:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rollout:
         """What `to_json` gave; unknown names fall away."""
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        past = {name: value for name, value in dict(known.get("past", {})).items() if name in Past.__dataclass_fields__}
-        more = {name: tuple(known[name]) for name in ("former", "refused") if name in known}
+        known: dict[str, Any] = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        told: Mapping[str, Any] = known.get("past", {})
+        past = {name: value for name, value in told.items() if name in Past.__dataclass_fields__}
+        more: dict[str, Any] = {name: tuple(known[name]) for name in ("former", "refused") if name in known}
         return cls(**{**known, "past": Past(**past), **more})
 
 

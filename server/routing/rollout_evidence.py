@@ -21,11 +21,12 @@ _MOST_LATENCIES = 72
 class Evidence:
     """Sums of one stage, of one server or of all.
 
-    `compared` of the student's answers that would be delivered had the teacher's beside them, `agreed` of those were the same. `blocks`:
-    the newest comparisons in stretches [time_ms, compared, agreed], `forgotten` older stretches were dropped. `better` and `worse`: compared
-    answers in which the student agreed with the teacher and the champion did not, and the other way round. `answers` were asked of the
-    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `labels`, `qualities` and
-    `teacher_labels` count what was said. `repeats` and `student_repeats`: [times that a text came again, times that the answer was the same].
+    `compared` of the student's answers that would be delivered had the teacher's beside them, `agreed` were the same. `blocks`: the newest
+    comparisons in stretches [time_ms, compared, agreed]; `forgotten` older stretches were dropped. `better` and `worse`: compared answers
+    in which the student agreed with the teacher and the champion did not, and the other way round. `answers` were asked of the
+    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `labels`, `qualities`
+    and `teacher_labels` count what was said. `repeats` and `student_repeats`: [times that a text came again, times that the answer was the
+    same].
     """
 
     requests: int = 0

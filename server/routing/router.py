@@ -14,11 +14,13 @@ from server.core import Call, Decision, Limits, Outcome, Results, Timings, Usage
 from server.errors import UnderstudyError
 from server.lake.lake import Lake
 from server.lake.schema import INTERACTIONS
+from server.routing.afterwards import Afterwards, Done
 from server.routing.briefing import Ask, Briefed, Detector, brief_of
-from server.routing.candidates import Brief
+from server.routing.candidates import Brief, Candidate
 from server.routing.cascade import Cascade, Judge
 from server.routing.items import Item, Place
 from server.routing.record import row
+from server.routing.rollout_book import RolloutBook
 from server.routing.routes import RouteParts, Routes
 from server.routing.streaming import StreamedCascade
 
@@ -54,9 +56,11 @@ class Router:
         *,
         detector: Detector | None = None,
         observer: ItemObserver | None = None,
+        rollouts: RolloutBook | None = None,
         hold_tokens: int = 24,
     ) -> None:
         self.skills = parts.skills
+        self.afterwards = Afterwards(lake, judge, rollouts, self._teacher)
         self.routes = Routes(parts)
         self._lake = lake
         self._judge = judge
@@ -75,14 +79,17 @@ class Router:
         briefed = await brief_of(ask, self.skills, self._detector, call)
         items, good = self._items(briefed, ask.limits)
         results: Results[Outcome] = Results([item.outcome for item in items])
-        started_ns, started = time.time_ns(), time.perf_counter()
+        began = (time.time_ns(), time.perf_counter())
+        done = Done(briefed.brief, good, call, ask.limits, self.skills.standing(briefed.brief.skill.name))
         try:
             if good:
                 places = self.routes.places(briefed.brief, ask.limits, good[0].work)
                 await self.routes.pass_over(briefed.brief, ask.limits, places, good, call)
-                await self._cascade(briefed.brief, ask.limits, call, results.timings).run(places, good)
+                cascade = self._cascade(briefed.brief, ask.limits, call, results.timings)
+                done.shadows = cascade.shadow(places, good)
+                await cascade.run(places, good)
         finally:
-            self._close(briefed.brief, items, good, call, results.timings, (started_ns, started))
+            self._close(done, items, results.timings, began)
         results.usage = Usage(sum(item.input_tokens for item in items), sum(item.output_tokens for item in items))
         return results
 
@@ -95,6 +102,7 @@ class Router:
         items, _ = self._items(briefed, ask.limits)
         timings, began = Timings(), (time.time_ns(), time.perf_counter())
         item = items[0]
+        done = Done(briefed.brief, items, call, ask.limits, self.skills.standing(briefed.brief.skill.name))
         try:
             places = self.routes.places(briefed.brief, ask.limits, item.work)
             await self.routes.pass_over(briefed.brief, ask.limits, places, items, call)
@@ -105,8 +113,9 @@ class Router:
                     yield text
             finally:
                 await words.aclose()
+            done.shadows = cascade.shadow(places, items)  # after the stream: it has the machine for itself
         finally:
-            self._close(briefed.brief, items, items, call, timings, began)
+            self._close(done, items, timings, began)
         if item.outcome.error is not None:
             raise item.outcome.error
         yield item.outcome
@@ -126,7 +135,7 @@ class Router:
                 one.error = one.error or error
         for one, item in zip(planned, items, strict=True):
             if one.error is None:
-                one.places = places
+                one.places = [place for place in places if not (place.shadow and place.candidate.name in item.unshadowed)]
                 blocked = {place.candidate.name: self.routes.blocked(briefed.brief, place.candidate, call) for place in places}
                 one.passed_over = {name: why for name, why in blocked.items() if why} | item.passed_over
         return planned
@@ -151,19 +160,23 @@ class Router:
         limit = limits.max_cost_micro_usd if limits.max_cost_micro_usd is not None else brief.skill.max_cost_micro_usd
         return Cascade(brief, self._judge, call, timings, limit)
 
-    def _close(
-        self, brief: Brief, items: Sequence[Item], good: Sequence[Item], call: Call, timings: Timings, began: tuple[int, float]
-    ) -> None:
-        """Ends every item's story, and hands the rows to the lake."""
+    def _teacher(self, brief: Brief) -> Candidate | None:
+        return self.routes.teacher(brief)
+
+    def _close(self, done: Done, items: Sequence[Item], timings: Timings, began: tuple[int, float]) -> None:
+        """Ends every item's story, hands the rows to the lake, and leaves the rest to whatever goes on after the answer."""
+        brief, good, call = done.brief, done.items, done.call
         elapsed = time.perf_counter() - began[1]
         for item in good:
             item.close()
         rows: list[dict[str, Any]] = []
-        user = self._lake.ids.pseudonym(call.user) or None
+        user = done.user_hash = self._lake.ids.pseudonym(call.user) or None
         for item in good:
+            item.recorded = frozenset(item.answers)
             rows.append({**row(brief, item, call, timings, began[0], elapsed), "user_hash": user})
         if rows:
             self._lake.append(INTERACTIONS, rows)
         if self._observer is not None:
             for item in items:
                 self._observer.item_done(brief, item.outcome, elapsed)
+        self.afterwards.take(done)

@@ -15,11 +15,11 @@ from server.routing.candidates import Brief, Candidate
 from server.routing.difficulty import DifficultyEstimate
 from server.routing.items import Item, Place
 from server.routing.local_head import HeadCandidate
-from server.routing.local_model import EncoderCandidate, GeneratorCandidate
+from server.routing.local_model import EncoderCandidate, GeneratorCandidate, Pinned
 from server.routing.pace import Paces
 from server.routing.policy import Facts, assigned, order
 from server.routing.remote import ProviderCandidate
-from server.routing.skills import Skill, SkillBook
+from server.routing.skills import Skill, SkillBook, Standing, Student
 from server.runtime.runtime import Runtime
 
 # What a task's built-in skill asks of local models: models of these tasks, the first that is loaded.
@@ -78,21 +78,30 @@ class Routes:
     def places(self, brief: Brief, limits: Limits, work: Work) -> list[Place]:
         """The route of a request; `work`: one of its inputs, for prices. Raises FailedPrecondition where nobody may answer."""
         skill, preference = brief.skill, limits.preference or brief.skill.preference
-        stage = self._parts.skills.stage(skill.name)
-        locals_, why = self._locals(brief)
+        standing = self._parts.skills.standing(skill.name)
+        stage = standing.stage
+        locals_, why = self._locals(brief, standing)
         # Until its quality is known, a skill stays with its teacher, unless the caller asks for what is free, quick or here.
         waits = stage == "held" and skill.teachers and preference in (Preference.LOCAL_FIRST, Preference.BEST)
         if stage == "held" and skill.rollout == "held":
             locals_, why = [], "its rollout is held."
         elif waits:
             locals_, why = [], "its students are not measured yet."
-        shadow = stage == "shadow" and preference is not Preference.LOCAL_ONLY
+        # Whose answers are compared and not delivered: of all requests in the shadow, in a canary of those that are assigned to others.
+        shadowed: dict[str, Candidate] = {}
+        if stage == "shadow" and preference is not Preference.LOCAL_ONLY:
+            shadowed = {one.name: one for one, version in locals_ if not standing.moves or version == standing.student}
+        made: dict[str, Candidate] = {one.name: one for one, _ in locals_}
+        versions = {one.name: version for one, version in locals_}
         remotes = [] if skill.classifies and not brief.labels else self._remotes(brief)
-        made: dict[str, Candidate] = {one.name: one for one in (*locals_, *remotes)}
-        facts = [_facts(one, rank, preference, work) for rank, one in enumerate(made.values()) if not (shadow and one.local)]
-        found = [Place(made[one.name], reason) for one, reason in order(facts, preference)]
-        if shadow and preference is not Preference.PROVIDER_ONLY:
-            found += [Place(one, "it runs in the shadow of the teacher", shadow=True) for one in locals_]
+        made |= {one.name: one for one in remotes}
+        facts = [_facts(one, rank, preference, work) for rank, one in enumerate(made.values()) if one.name not in shadowed]
+        found = [Place(made[one.name], reason, version=versions.get(one.name, "")) for one, reason in order(facts, preference)]
+        if stage == "canary" and standing.moves and preference is not Preference.LOCAL_ONLY:
+            shadowed = {one.name: one for one, version in locals_ if version == standing.student}
+        if preference is not Preference.PROVIDER_ONLY:
+            shadows = (Place(one, "it runs in the shadow", True, versions[one.name]) for one in shadowed.values())
+            found += shadows if any(not place.shadow for place in found) else ()
         if not any(not place.shadow for place in found):
             raise self._nobody(skill, preference, why)
         return found
@@ -111,14 +120,9 @@ class Routes:
         remote = any(not place.candidate.local for place in places)
         if not students or not remote or limits.preference in (Preference.LOCAL_ONLY, Preference.PROVIDER_ONLY):
             return
-        if self._parts.skills.stage(skill.name) == "canary":
-            for item in items:
-                inside, item.outcome.decision.propensity = assigned(
-                    skill.name, call.user or item.outcome.interaction_id, skill.rollout_percent
-                )
-                if not inside:
-                    for student in students:
-                        item.passed_over[student.name] = f"assigned to the teacher: {skill.rollout_percent} % go to the student"
+        standing = self._parts.skills.standing(skill.name)
+        if standing.stage == "canary":
+            _assign(skill.name, standing, places, items, call)
         await self._difficulty(skill, students, items)
 
     async def _difficulty(self, skill: Skill, students: Sequence[Candidate], items: Sequence[Item]) -> None:
@@ -143,24 +147,31 @@ class Routes:
         scopes = Scopes(provider=candidate.name.partition("/")[0], skill=brief.skill.name, key=call.tenant)
         return self._parts.budget.blocked(scopes)
 
-    def _locals(self, brief: Brief) -> tuple[list[Candidate], str]:
-        """Local candidates in order, and why there is none."""
+    def _locals(self, brief: Brief, standing: Standing) -> tuple[list[tuple[Candidate, str]], str]:
+        """Local candidates in order with the version where one is a student of the skill, and why there is none."""
         parts, skill = self._parts, brief.skill
-        found: list[Candidate] = []
+        found: list[tuple[Candidate, str]] = []
         why = "there is no student yet; run `understudy train` once there is enough traffic."
-        student = parts.skills.student(skill.name)
-        if student is not None and student.calibration is None:
-            why = f"its student {student.candidate} is held: {student.held}. Train it again."
-        elif student is not None:
-            found.append(HeadCandidate(student, parts.runtime, parts.paces))
+        if standing.stage == "rolled_back" and not standing.champion:
+            why = "its student was rolled back; `understudy rollout events` tells why."
+        for version in dict.fromkeys((standing.student, standing.champion)):
+            if not version or (version == standing.student and standing.stage == "rolled_back"):
+                continue
+            student = parts.skills.student(skill.name, version)
+            if student is None:
+                why = f"its student {version} is not loaded."
+            elif student.held:
+                why = f"its student {student.candidate} is held: {student.held}. Train it again."
+            else:
+                found.append((candidate_of(student, brief, parts.runtime, parts.paces), version))
         if skill.student_model:
             try:
-                found.append(self._model(skill.student_model, brief))
+                found.append((self._model(skill.student_model, brief), ""))
             except UnderstudyError as error:
                 why = error.message
         elif skill.built_in:
             candidate, problem = self._default(brief)
-            found += [candidate] if candidate is not None else []
+            found += [(candidate, "")] if candidate is not None else []
             why = problem
         return found, why
 
@@ -185,6 +196,14 @@ class Routes:
             return GeneratorCandidate(model, self._parts.runtime, brief, self._parts.paces)
         return EncoderCandidate(model, task, self._parts.runtime, brief, self._parts.paces)
 
+    def teacher(self, brief: Brief) -> Candidate | None:
+        """Whoever sets the skill's standard, to be asked for comparison; None where nobody does."""
+        model = brief.skill.teacher
+        provider = self._parts.providers.get(model.partition("/")[0]) if model else None
+        if provider is None or (brief.skill.classifies and not brief.labels):
+            return None
+        return ProviderCandidate(model, provider, brief, self._parts.budget)
+
     def _remotes(self, brief: Brief) -> list[Candidate]:
         found: list[Candidate] = []
         for model in brief.skill.teachers:
@@ -199,6 +218,44 @@ class Routes:
         elif not skill.teachers:
             why = f"it has no teacher, and {why}"
         return FailedPrecondition(f"Nobody may answer the skill {skill.name!r}: {why}", skill=skill.name, preference=preference.value)
+
+
+def candidate_of(student: Student, brief: Brief, runtime: Runtime, paces: Paces) -> Candidate:
+    """A student as a candidate, whatever it is made of."""
+    reference = student.reference
+    if reference is None:
+        return HeadCandidate(student, runtime, paces)
+    target = reference.target
+    pinned = Pinned(student.candidate, target.version, student.judge, student.measured)
+    if reference.kind == "decoder-adapter":
+        return GeneratorCandidate(f"{target.model}/{target.adapter}@{target.adapter_version}", runtime, brief, paces, pinned)
+    task = _served_task(reference.task, target.model, target.version, runtime)
+    if task is Task.TEXT_GENERATION:
+        return GeneratorCandidate(target.model, runtime, brief, paces, pinned)
+    return EncoderCandidate(target.model, task, runtime, brief, paces, pinned)
+
+
+def _served_task(task: str, model: str, version: str, runtime: Runtime) -> Task:
+    """What a model is asked for: its own task; of models that do several, the one that the skill is about."""
+    own = runtime.manifest(model, version).task if runtime.has(model, version) else None
+    return own if own is not None and own is not Task.FEATURE_EXTRACTION else _LOCAL_TASKS[task][0]
+
+
+def _assign(skill: str, standing: Standing, places: Sequence[Place], items: Sequence[Item], call: Call) -> None:
+    """Who is in the canary. Sticky: by user, without one by item. The others go to the champion where there is one, else to the teacher;
+    the student runs in the shadow of theirs.
+    """
+    locals_ = [place for place in places if place.candidate.local and not place.shadow]
+    students = [one for one in locals_ if not standing.moves or one.version == standing.student]
+    others = [one for one in locals_ if one not in students]
+    behind = "the champion" if others else "the teacher"
+    for item in items:
+        inside, item.outcome.decision.propensity = assigned(skill, call.user or item.outcome.interaction_id, standing.percent)
+        for place in others if inside else students:
+            to = "the student" if inside else behind
+            item.passed_over[place.candidate.name] = f"assigned to {to}: {standing.percent} % go to the student"
+        if inside:
+            item.unshadowed = frozenset(place.candidate.name for place in students)
 
 
 def _facts(candidate: Candidate, rank: int, preference: Preference, work: Work) -> Facts:

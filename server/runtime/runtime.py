@@ -200,6 +200,15 @@ class Runtime:
         assert manifest is not None
         return manifest
 
+    def has(self, name: str, version: str) -> bool:
+        """Whether a version is loaded and ready."""
+        record = self._records.get((name, version))
+        return record is not None and record.state is ModelState.READY
+
+    def default_version(self, name: str) -> str | None:
+        """The version that answers to a name alone, or None; without a look at the disk."""
+        return self._defaults.get(name)
+
     def models_for(self, task: Task) -> list[str]:
         """Names of the loaded models whose default version does `task`, sorted; models made for the task come first."""
         names = []

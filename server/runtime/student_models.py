@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from server.errors import UnderstudyError
-from server.runtime.adapters import Stand
+from server.runtime.adapters import AdapterStore, Stand, stand_of
 from server.runtime.runtime import ModelState, Runtime
 from server.runtime.verify import MODEL
 
 if TYPE_CHECKING:
+    from server.runtime.heads import LinearHead
     from server.runtime.manifest import Manifest
+    from server.runtime.references import Reference
 
 _log = logging.getLogger(__name__)
 
@@ -24,17 +26,21 @@ class StudentModels:
         self._runtime = runtime
         self._ours: set[tuple[str, str]] = set()
         self._refused: dict[Stand, str] = {}
+        self._known: dict[tuple[str, str], tuple[Manifest, set[str]]] = {}
 
     def version(self, stand: Stand) -> str | None:
         """The loaded version that a student may be served by: the one that it names, or the default where that is the same graph."""
-        for version in (stand.version, None):
-            try:
-                manifest = self._runtime.manifest(stand.model, version)
-            except UnderstudyError:
-                continue
-            if stand.sha256 in graphs_of(manifest):
-                return str(manifest.version)
+        for version in (stand.version, self._runtime.default_version(stand.model)):
+            if version is not None and self._runtime.has(stand.model, version) and stand.sha256 in self._graphs(stand.model, version):
+                return version
         return None
+
+    def _graphs(self, model: str, version: str) -> set[str]:
+        manifest = self._runtime.manifest(model, version)
+        known = self._known.get((model, version))
+        if known is None or known[0] is not manifest:
+            known = self._known[model, version] = (manifest, graphs_of(manifest))
+        return known[1]
 
     def why_not(self, stand: Stand) -> str:
         """Why a stand cannot serve, as far as is known, or ""."""
@@ -77,6 +83,18 @@ class StudentModels:
         with self._runtime.use_adapters(stand.model, self.version(stand)) as adapters:
             if f"{stand.adapter}@{stand.adapter_version}" not in adapters.names():
                 await adapters.load(stand.adapter, stand.adapter_version)
+
+
+class ReadyStudents:
+    """The students whose models are loaded. See server.routing.skills.Students."""
+
+    def __init__(self, store: AdapterStore, models: StudentModels) -> None:
+        self._store = store
+        self._models = models
+
+    def ready(self, skill: str) -> Mapping[str, LinearHead | Reference]:
+        """By version, newest first."""
+        return {str(number): made for number, made in self._store.made(skill).items() if self._models.version(stand_of(made)) is not None}
 
 
 def graphs_of(manifest: Manifest) -> set[str]:

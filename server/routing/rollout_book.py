@@ -1,0 +1,457 @@
+"""The rollouts of one server while it runs: what it sees, what it hears from others, and the steps that follow.
+
+Where a rollout is stands in the registry; a step is written with the revision that it was decided on, so that of several servers that
+decide at once one does. What a server sees it counts in memory and writes every `poll_s` seconds under its own name; all add up. The event
+loop never waits for the database: a thread does, and without a database every rollout stays where it is and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from server.errors import FailedPrecondition, InvalidArgument, Unavailable
+from server.logs import get
+from server.registry.rollouts import CHALLENGER, CHAMPION, SHADOW, Change, RolloutEvent, RolloutTable, StoredRollout, shown
+from server.routing import rollout as machine
+from server.routing.candidates import Answer, Failure
+from server.routing.items import Item
+from server.routing.rollout import AUTO, Rollout, Verdict
+from server.routing.rollout_evidence import Evidence, total
+from server.routing.skills import Skill, SkillBook, Standing, Student, Students, student_of
+from server.settings import RolloutConfig
+
+# Comparisons that follow one in which the student disagreed, all of them: a student that went bad is found out in those.
+BURST = 6
+# The most that a target's own sampling error may add to the margin.
+_MOST_ERROR = 0.05
+_FROZEN = "the registry does not answer: the rollout stays where it is"
+
+
+class Counters(Protocol):
+    """Where steps are counted."""
+
+    def rollout(self, skill: str, percent: int, step: str) -> None:
+        """A skill's rollout took a step, after which its student has so many percent of the requests."""
+        ...
+
+
+@dataclass(slots=True)
+class Live:
+    """A skill's rollout as this server knows it. `mine`: what it saw in this stage; `others`: what the other servers wrote of it."""
+
+    rollout: Rollout = field(default_factory=Rollout)
+    revision: int = 0
+    mine: Evidence = field(default_factory=Evidence)
+    others: Evidence = field(default_factory=Evidence)
+    dirty: bool = False
+    burst: int = 0
+    suspended: str = ""  # why the student is not asked until the step that takes it back is written
+    note: str = ""
+
+    def seen(self) -> Evidence:
+        """Of all servers."""
+        return total((self.others, self.mine)) if self.others.requests or self.others.compared else self.mine
+
+
+@dataclass(slots=True)
+class Seen:
+    """What became of one item: the answers of the rollout's student and of the teacher, where they were asked.
+
+    `agreed`: whether the student's answer is the teacher's, None where it would not be delivered or is not counted; of the champion too.
+    """
+
+    item: Item
+    version: str
+    mine: Answer | None
+    failure: Failure | None
+    teacher: Answer | None
+    agreed: bool | None = None
+    champion_agreed: bool | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Report:
+    """Where a rollout is and why, for people."""
+
+    skill: str
+    rollout: Rollout
+    verdict: Verdict
+    seen: Evidence
+    teacher_share: float
+    frozen: str = ""
+    alarms: tuple[str, ...] = ()
+
+
+class RolloutBook:
+    """One a process, on its event loop. See server.routing.skills.Standings."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        table: RolloutTable,
+        students: Students,
+        *,
+        keep: Callable[[Mapping[str, tuple[str, ...]]], None] | None = None,
+        counters: Counters | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """`keep` is told which versions have to stay in memory."""
+        self.config = config
+        self.holder = secrets.token_hex(16)
+        self._table = table
+        self._students = students
+        self._keep = keep
+        self._counters = counters
+        self._book: SkillBook | None = None
+        self._live: dict[str, Live] = {}
+        self._random = random.Random(seed)
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._polling = asyncio.Lock()
+        self._log = get("rollout")
+        self.frozen = ""
+
+    def of(self, skills: SkillBook) -> None:
+        """The skills whose rollouts these are; they ask the book in turn, so it comes after both are made."""
+        self._book = skills
+
+    # What routes ask.
+
+    def standing(self, skill: str) -> Standing:
+        """See Standings."""
+        live = self._live.get(skill)
+        if live is None:
+            return Standing("held", moves=True)
+        now = live.rollout
+        if live.suspended:
+            return Standing("full" if now.champion else "rolled_back", 100 if now.champion else 0, now.champion, moves=True)
+        return Standing(now.stage, now.percent, now.student, now.champion, moves=True)
+
+    def teacher_share(self, skill: str) -> float:
+        """Share of the answers that students deliver for which the teacher is asked too, now."""
+        live = self._live.get(skill)
+        if live is None or live.suspended:
+            return 0.0
+        now, config = live.rollout, self.config
+        if live.burst > 0:
+            return 1.0
+        if now.moving and now.percent < 80:
+            return config.canary_share
+        if now.stage == machine.FULL and live.mine.requests < config.first_requests:
+            return max(config.teacher_share, config.first_share)
+        return config.teacher_share
+
+    def draw(self, skill: str) -> tuple[bool, float]:
+        """Whether the teacher is asked beside an answer that a student delivers, and with what probability that was drawn."""
+        share = self.teacher_share(skill)
+        drawn = share > 0 and self._random.random() < share
+        live = self._live.get(skill)
+        if drawn and live is not None and live.burst > 0:
+            live.burst -= 1
+        return drawn, share
+
+    def wants(self, skill: str, version: str) -> bool:
+        """Whether a student has to be ready to answer: not one that was rolled back."""
+        live = self._live.get(skill)
+        return live is None or version not in live.rollout.refused
+
+    def live(self, skill: str) -> Live | None:
+        """What this server knows of a skill's rollout."""
+        return self._live.get(skill)
+
+    # What is seen.
+
+    def saw(self, skill: Skill, seen: Seen) -> None:
+        """One item, once all that was asked for it has come."""
+        live = self._live.get(skill.name)
+        if live is None or live.rollout.student != seen.version or live.suspended:
+            return
+        mine, now_ms = live.mine, time.time_ns() // 1_000_000
+        mine.requests += 1
+        live.dirty = True
+        if seen.teacher is not None:
+            mine.teacher_said(_label(seen.teacher), seen.teacher.elapsed_s)
+        worse = False
+        if seen.mine is not None:
+            quality, seconds = seen.mine.quality, seen.mine.elapsed_s
+            limit = machine.slow_after_s(mine.teacher_s, self.config.max_latency_ratio)
+            slow = limit is not None and seconds > limit
+            below = quality is not None and quality < skill.deliver_bar
+            mine.answer(slow=slow, below=below, seconds=seconds, now_ms=now_ms)
+            mine.say(_label(seen.mine), quality)
+            worse = slow
+        elif seen.failure is not None and not seen.failure.skipped and not isinstance(seen.failure.error, InvalidArgument):
+            mine.answer(failed=True, now_ms=now_ms)
+            worse = True
+        if seen.agreed is not None:
+            mine.compare(seen.agreed, now_ms, seen.champion_agreed)
+            if not seen.agreed:
+                live.burst, worse = BURST, True
+        if worse:
+            self._look_at_once(skill.name, live)
+
+    def _look_at_once(self, skill: str, live: Live) -> None:
+        """A student that is found to be bad is not asked again, before any database knows."""
+        if live.rollout.paused:
+            return
+        why = machine.alarming(live.rollout, live.seen(), self.config)
+        if why:
+            live.suspended = why
+            self._log.warning("student suspended", skill=skill, student=live.rollout.student, reason=why)
+            self._wake.set()
+
+    # The loop.
+
+    async def start(self) -> None:
+        """Looks once, then every `poll_s` seconds until `close`."""
+        await self.poll()
+        self._task = asyncio.create_task(self._run(), name="rollouts")
+
+    async def close(self) -> None:
+        """Ends the loop, and writes what was seen."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+            await self.poll()
+
+    async def _run(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.config.poll_s):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self.poll()
+            except Exception:
+                self._log.exception("a look at the rollouts failed; it goes on")
+
+    async def poll(self) -> None:
+        """Writes what was seen, reads what others wrote, and takes the steps that follow."""
+        async with self._polling:
+            await self._poll()
+
+    async def _poll(self) -> None:
+        assert self._book is not None, "of() comes first"
+        names = [name for name in self._book.names() if self._book.rolls(name)]
+        if not names:
+            return
+        mine = [(name, live.rollout.epoch, json.dumps(live.mine.to_json())) for name, live in self._live.items() if live.dirty]
+        for name, _, _ in mine:
+            self._live[name].dirty = False
+        try:
+            rows, others = await asyncio.to_thread(self._exchange, mine, frozenset(names))
+            for name in names:
+                self._adopt(name, rows.get(name), others.get(name))
+            for name in names:
+                change = self._decide(name)
+                if change is not None and await asyncio.to_thread(self._table.change, change):
+                    self._took(name, change)
+        except Unavailable as error:
+            for name, _, _ in mine:
+                self._live[name].dirty = True
+            if not self.frozen:
+                self._log.error(_FROZEN, error=error.message)
+            self.frozen = _FROZEN
+            return
+        if self.frozen:
+            self._log.info("the registry answers again")
+        self.frozen = ""
+        if self._keep is not None:
+            self._keep({name: live.rollout.versions for name, live in self._live.items()})
+
+    def _exchange(
+        self, mine: list[tuple[str, int, str]], names: frozenset[str]
+    ) -> tuple[dict[str, StoredRollout], dict[str, tuple[int, list[Evidence]]]]:
+        """In a thread: this server's evidence out, the rows and the other servers' evidence in."""
+        for name, epoch, sums in mine:
+            self._table.put_evidence(name, epoch, self.holder, json.loads(sums))
+        rows = self._table.all()
+        others: dict[str, tuple[int, list[Evidence]]] = {}
+        for name in names & rows.keys():
+            epoch = int(rows[name].state.get("epoch", 0))
+            found = self._table.evidence(name, epoch)
+            others[name] = (epoch, [Evidence.from_json(sums) for holder, sums in found.items() if holder != self.holder])
+        return rows, others
+
+    def _adopt(self, name: str, row: StoredRollout | None, others: tuple[int, list[Evidence]] | None) -> None:
+        live = self._live.setdefault(name, Live())
+        if row is not None and row.revision != live.revision:
+            self._become(name, live, Rollout.from_json(row.state), row.revision)
+        if others is not None and others[0] == live.rollout.epoch:
+            live.others = total(others[1])
+
+    def _become(self, name: str, live: Live, rollout: Rollout, revision: int) -> None:
+        """The rollout as it is from now on. A new stage is counted anew."""
+        if rollout.epoch != live.rollout.epoch or rollout.student != live.rollout.student:
+            live.mine, live.others, live.dirty, live.burst, live.suspended = Evidence(), Evidence(), False, 0, ""
+        if rollout.paused:
+            live.suspended = ""
+        live.rollout, live.revision = rollout, revision
+
+    # Steps.
+
+    def _decide(self, name: str) -> Change | None:
+        assert self._book is not None, "of() comes first"
+        live = self._live[name]
+        now, seen = live.rollout, live.seen()
+        if live.suspended:
+            return self._change(name, machine.roll_back(now, live.suspended), AUTO, live.suspended, seen)
+        if now.paused:
+            return None
+        newest = self._newest(name, now)
+        if newest is not None:
+            reason = f"version {newest.version} was published"
+            target, tolerance = promised(newest, self._book.get(name).deliver_bar, self.config.margin)
+            return self._change(name, machine.begin(now, newest.version, target, tolerance, reason), AUTO, reason, seen)
+        verdict = machine.judge(now, seen, self.config)
+        live.note = verdict.reason
+        if verdict.step == "promote":
+            return self._change(name, machine.promote(now, seen, verdict.reason), AUTO, verdict.reason, seen, verdict)
+        if verdict.step == "rollback":
+            return self._change(name, machine.roll_back(now, verdict.reason), AUTO, verdict.reason, seen, verdict)
+        return None
+
+    def _newest(self, name: str, now: Rollout) -> Student | None:
+        """The newest version that may answer, where it is newer than all that were there."""
+        assert self._book is not None, "of() comes first"
+        known = [int(one) for one in (now.student, now.champion, *now.former, *now.refused) if one]
+        for version, made in self._students.ready(name).items():
+            if known and int(version) <= max(known):
+                return None
+            student = student_of(made, self._book.get(name))
+            if not student.held:
+                return student
+        return None
+
+    def _change(self, name: str, after: Rollout, actor: str, reason: str, seen: Evidence, verdict: Verdict | None = None) -> Change:
+        live = self._live[name]
+        row = StoredRollout(name, after.stage, after.percent, after.student, after.to_json(), live.revision + 1)
+        evidence: dict[str, float] = {"compared": seen.compared, "agreed": seen.agreed, "requests": seen.requests, "answers": seen.answers}
+        evidence |= {"failed": seen.failed, "better": seen.better, "worse": seen.worse}
+        if verdict is not None:
+            evidence |= {"lower": round(verdict.lower, 4), "upper": round(verdict.upper, 4), "all_compared": verdict.compared}
+        aliases = {
+            CHAMPION: after.serving,
+            CHALLENGER: after.student if after.stage == machine.CANARY else "",
+            SHADOW: after.student if after.stage == machine.SHADOW else "",
+        }
+        before = shown(live.rollout.stage, live.rollout.percent)
+        return Change(row, live.revision, actor, before, reason, evidence, aliases)
+
+    def _took(self, name: str, change: Change) -> None:
+        live = self._live[name]
+        before = live.rollout
+        self._become(name, live, Rollout.from_json(change.row.state), change.row.revision)
+        live.note = change.reason
+        now = live.rollout
+        step = "rolled_back" if len(now.refused) > len(before.refused) else shown(now.stage, now.percent)
+        level = self._log.warning if step == "rolled_back" else self._log.info
+        level(
+            "rollout", skill=name, student=now.student, before=change.from_stage, stage=shown(now.stage, now.percent), reason=change.reason
+        )
+        if self._counters is not None:
+            self._counters.rollout(name, now.percent, step)
+
+    # What people do and see.
+
+    async def command(self, name: str, verb: str, actor: str, reason: str = "", version: str = "") -> Report:
+        """promote, hold, resume or rollback, by hand. `version`: of a student that is to be taken, again where it was rolled back.
+
+        Raises:
+            SkillNotFound: with near names.
+            FailedPrecondition: the rollout does not move by itself, or there is nobody to promote or to roll back.
+            InvalidArgument: no such version is at hand.
+            Unavailable: the registry does not answer, or somebody else was quicker every time.
+        """
+        self._check_rolls(name)
+        for _ in range(5):
+            await self.poll()
+            if self.frozen:
+                raise Unavailable(f"The rollout of {name!r} cannot be changed: {self.frozen}.", retry_after_s=5.0)
+            live = self._live[name]
+            told = reason or f"{verb} by {actor}"
+            after = self._by_hand(name, live, verb, told, version)
+            change = self._change(name, after, actor, told, live.seen())
+            if await asyncio.to_thread(self._table.change, change):
+                self._took(name, change)
+                return self.report(name)
+        raise Unavailable(f"The rollout of {name!r} changed again and again meanwhile. Look at it, and try again.", retry_after_s=1.0)
+
+    def _by_hand(self, name: str, live: Live, verb: str, told: str, version: str) -> Rollout:
+        now = live.rollout
+        if verb == "hold":
+            return machine.hold(now, told)
+        if verb == "resume":
+            return machine.resume(now, told)
+        if verb == "rollback":
+            if not now.student or now.stage in (machine.HELD, machine.ROLLED_BACK):
+                raise FailedPrecondition(f"No student of {name!r} is on its way or at full; there is nobody to roll back.", skill=name)
+            return machine.roll_back(now, told)
+        assert self._book is not None, "of() comes first"
+        if version and version != now.student:
+            made = self._students.ready(name).get(version)
+            student = None if made is None else student_of(made, self._book.get(name))
+            if student is None or student.held:
+                ready = ", ".join(self._students.ready(name)) or "none"
+                why = student.held if student is not None else f"it is not at hand; these are: {ready}"
+                raise InvalidArgument(f"Version {version[:16]!r} of {name!r} cannot be taken: {why}.", field="version")
+            target, tolerance = promised(student, self._book.get(name).deliver_bar, self.config.margin)
+            taken = replace(now, refused=tuple(one for one in now.refused if one != version))
+            return machine.begin(taken, version, target, tolerance, told)
+        if not now.moving:
+            raise FailedPrecondition(f"No student of {name!r} is on its way; name a version to begin with.", skill=name)
+        return machine.promote(now, live.seen(), told)
+
+    def report(self, name: str) -> Report:
+        """Where a rollout is. Raises SkillNotFound, and FailedPrecondition where it does not move by itself."""
+        self._check_rolls(name)
+        live = self._live.get(name) or Live()
+        seen = live.seen()
+        verdict = machine.judge(live.rollout, seen, self.config)
+        return Report(name, live.rollout, verdict, seen, self.teacher_share(name), self.frozen)
+
+    async def events(self, name: str, most: int, after: tuple[int, str] | None = None) -> list[RolloutEvent]:
+        """A skill's steps, newest first. Raises SkillNotFound, Unavailable."""
+        assert self._book is not None, "of() comes first"
+        self._book.get(name)
+        return await asyncio.to_thread(self._table.events, name, most, after)
+
+    def _check_rolls(self, name: str) -> None:
+        assert self._book is not None, "of() comes first"
+        skill = self._book.get(name)
+        if not self._book.rolls(name):
+            why = (
+                f'its rollout is set to "{skill.rollout}" in the configuration'
+                if skill.rollout != AUTO
+                else "it has no teacher to compare with"
+            )
+            why = "student_model answers for it" if skill.student_model else why
+            raise FailedPrecondition(f"The rollout of {name!r} does not move by itself: {why}.", skill=name)
+
+
+def _label(answer: Answer) -> str | None:
+    return answer.reply.labels[0].name if answer.reply.labels else None
+
+
+def promised(student: Student, bar: float, margin: float) -> tuple[float, float]:
+    """How often a student has to agree with its teacher where it delivers, and by how much it may fall short.
+
+    What it was measured to do on held-out rows, and not less than the bar under its ceiling. The measure has a sampling error, of which one
+    standard deviation is added to the margin.
+    """
+    ceiling = student.calibration.ceiling if student.calibration is not None else 1.0
+    measured = student.measured
+    target = max(bar * ceiling if measured is None else measured, bar * ceiling)
+    rows = student.metrics.get("held_out_rows", 0.0) * student.metrics.get("local_share", 1.0)
+    error = (target * (1.0 - target) / rows) ** 0.5 if rows > 0 else 0.0
+    return target, margin + min(error, _MOST_ERROR)
