@@ -24,6 +24,7 @@ _MEASURES = {
     "drift": ("learn_flywheel", "drift"),
     "safety": ("learn_safety", "safety"),
     "generation": ("learn_generation", "generation"),
+    "encoders": ("learn_encoders", "encoders"),
     "resumption": ("learn_resumption", "resumption"),
 }
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from server.config import Config, load_config
 from server.core import Call, Task
+from server.errors import Cancelled, FailedPrecondition, InvalidArgument, ModelNotFound, SkillNotFound, TooLittleData
 from server.lake import table
 from server.lake.ids import IdKey
 from server.lake.log import Log
-from server.lake.schema import INTERACTIONS
+from server.lake.schema import FEEDBACK, INTERACTIONS
 from server.registry.registry import Registry
 from server.runtime.loader import make_loader
 from server.runtime.observer import NullObserver
@@ -26,6 +30,7 @@ from server.runtime.repository import Repository
 from server.runtime.runtime import Runtime
 from tests.checkpoints import checkpoint
 from trainer.context import JobContext
+from trainer.encoders import examples, export, judge
 from trainer.encoders.run import train
 from trainer.report import Report
 
@@ -55,8 +60,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, base: Path) -> Path:
-    import shutil
-
     shutil.copytree(base / "models", tmp_path / "models")
     return tmp_path
 
@@ -106,6 +109,42 @@ def named(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def tell(lake: Path, sayings: Iterable[dict[str, Any]]) -> None:
+    """Feedback as the server records it."""
+    key = IdKey.open(lake / "id.key")
+    log = Log(table.log_folder(lake, FEEDBACK))
+    log.append([{"time_ns": time.time_ns(), "feedback_id": key.new(), **one} for one in sayings])
+    log.close()
+    table.convert(lake, FEEDBACK)
+
+
+def pair(first: str, second: str) -> dict[str, Any]:
+    return {"input": json.dumps({"text": first, "text_pair": second}), "input_kind": "pair"}
+
+
+def relevant(count: int, seed: int) -> list[dict[str, Any]]:
+    """Queries with a document that the teacher calls relevant and one that it does not: people are what is looked for."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        query = f"where is {OTHERS[number % 7]} {OTHERS[number // 7 % 9]} {OTHERS[number // 63]}"
+        for words, score in ((PEOPLE, "0.9"), (PLACES, "0.1")):
+            document = " ".join(rng.choice(words) for _ in range(3)) + f" {rng.choice(OTHERS)}"
+            rows.append({**pair(query, document), "teacher_text": score, "output_text": score})
+    return rows
+
+
+def topics(count: int, seed: int) -> list[tuple[str, str]]:
+    """A text and another of its topic; a topic is a word of the one and another word of the other."""
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        topic = rng.randrange(6)
+        words = [rng.choice(OTHERS) for _ in range(3)]
+        found[" ".join([PEOPLE[topic], *words])] = " ".join([PLACES[topic], *(rng.choice(OTHERS) for _ in range(3))])
+    return list(found.items())
+
+
 def context(workplace: Path, settings: Config, skill: str, **more: Any) -> JobContext:
     registry = Registry(settings.registry)
     job = registry.start_job(skill, "train")
@@ -129,20 +168,179 @@ async def serve(settings: Config, reference: Reference, ask: Any) -> Any:
         await runtime.close()
 
 
-async def test_entities_from_a_lake_to_a_model_that_serves(workplace: Path, base: Path) -> None:
-    import asyncio
+async def trained(workplace: Path, settings: Config, skill: str, **spec: Any) -> tuple[Report, Reference]:
+    report = await asyncio.to_thread(run, workplace, settings, skill, spec)
+    assert (report.state, report.reason) == ("succeeded", "")
+    return report, read_reference(workplace / "models" / "adapters" / skill / report.version)
 
+
+async def test_entities_from_a_lake_to_a_model_that_serves(workplace: Path, base: Path) -> None:
     settings = config(workplace, base, people={"task": "token-classification", "labels": ["person", "place"]})
-    fill(workplace / "lake", named(320, 1), "people")
-    report = await asyncio.to_thread(run, workplace, settings, "people", {"method": "full", "learning_rate": 3e-3, "epochs": 6})
-    assert (report.state, report.version, report.reason) == ("succeeded", "1", "")
-    reference = read_reference(workplace / "models" / "adapters" / "people" / "1")
-    assert reference.metrics["f1"] > 0.9 and reference.metrics["parity/agreement"] >= 0.95
+    ids = fill(workplace / "lake", [*named(320, 1), {"input": "my card", "teacher_text": "none, I think"}], "people")
+    report, reference = await trained(workplace, settings, "people", method="full", learning_rate=3e-3, epochs=6)
+    assert (report.version, report.model, report.method, reference.target.shown) == ("1", "people-student@1", "full", report.model)
+    assert report.dropped[examples.NO_JSON] == 1 and report.read == 321 and report.labels == 2
+    assert reference.metrics["f1"] > 0.9 and reference.metrics["parity/agreement"] >= 0.95 and reference.task == "token-classification"
+    assert "f1/person" in reference.metrics and reference.metrics["f1_low"] <= reference.metrics["f1"] <= reference.metrics["f1_high"]
+    (tried,) = report.tried
+    assert (
+        tried["method"] == "full" and tried["reaches"] and len(tried["validation"]) == 6 and tried["losses"][-1][1] < tried["losses"][0][1]
+    )
 
     async def ask(model: Any, call: Call) -> Any:
-        assert model.manifest.task is Task.TOKEN_CLASSIFICATION
+        assert model.manifest.task is Task.TOKEN_CLASSIFICATION and model.manifest.labels[0] == "O"
         return (await model.extract_entities(["where is w2 w7 card"], call=call)).items[0]
 
     found = await serve(settings, reference, ask)
     assert [(one.text, one.label, one.start) for one in found] == [("w2", "person", 9), ("w7", "place", 12)]
 
+    registry = Registry(settings.registry)
+    (adapter,) = registry.adapters("people")
+    assert (adapter.kind, adapter.sha256, adapter.base) == ("model", reference.target.sha256, "tiny@1")
+    assert [one.version for one in registry.adapters_with(ids[0])] == ["1"] and registry.adapters_with(ids[-1]) == []
+    assert [(one.name, one.version) for one in registry.models(skill="people")] == [("people-student", "1")]
+    registry.close()
+    assert not list((workplace / "jobs" / report.job).rglob("*.safetensors"))  # checkpoints are not kept for ever
+
+    same = await asyncio.to_thread(run, workplace, settings, "people", {"method": "full"})
+    assert same.state == "rejected" and "version 1 was made of the same rows" in same.reason and same.tried == []
+
+    # A teacher that has gone mad teaches a student that is worse on what is held out, and nobody sees it.
+    rng = random.Random(4)
+    wild = [
+        {**row, "teacher_text": json.dumps([{"text": row["input"].split()[0], "label": rng.choice(["person", "place"])}])}
+        for row in named(300, 9)
+    ]
+    fill(workplace / "lake", wild, "people")
+    worse = await asyncio.to_thread(run, workplace, settings, "people", {"method": "full", "epochs": 2, "learning_rate": 3e-3})
+    assert worse.state == "rejected" and worse.version == "" and ("people-student@1" in worse.reason or "the bar" in worse.reason)
+    assert [path.name for path in (workplace / "models" / "adapters" / "people").iterdir()] == ["1"]
+    assert Repository(workplace / "models").versions("people-student") == ["1"]
+
+
+async def test_ranking_from_a_lake_to_a_model_that_serves(workplace: Path, base: Path) -> None:
+    settings = config(workplace, base, find={"task": "text-ranking"})
+    fill(
+        workplace / "lake",
+        [*relevant(140, 2), {**pair("where", "card"), "teacher_text": "very"}, {"input": "alone", "teacher_text": "1"}],
+        "find",
+    )
+    report, reference = await trained(workplace, settings, "find", method="full", learning_rate=3e-3, epochs=4)
+    assert report.dropped[examples.NO_SCORE] == 1 and report.dropped[examples.NO_PAIR] == 1
+    assert reference.metrics["concordance"] > 0.95 and reference.metrics["ndcg_10"] > 0.9
+    assert reference.metrics["difference"] > 0.2 and reference.metrics["difference_low"] > 0  # against the base's cosine
+    assert report.present_version == "tiny@1"
+
+    async def ask(model: Any, call: Call) -> Any:
+        return (await model.rerank("where is the card", ["w7 w8 my", "w1 w2 my"], call=call)).items
+
+    first, second = await serve(settings, reference, ask)
+    assert first.index == 1 and first.score > 0.7 > 0.3 > second.score
+
+
+async def test_embeddings_from_thumbs_to_a_model_that_serves(workplace: Path, base: Path) -> None:
+    settings = config(workplace, base, near={"task": "feature-extraction", "deliver_bar": 0.2})
+    together = topics(240, 5)
+    ids = fill(workplace / "lake", [pair(*one) for one in together], "near")
+    tell(workplace / "lake", [{"interaction_id": one, "thumb": "up"} for one in ids])
+    report, reference = await trained(workplace, settings, "near", method="full", learning_rate=3e-3, epochs=4)
+    assert reference.metrics["difference"] > 0.1 and reference.metrics["difference_low"] > 0 and report.present_version == "tiny@1"
+    assert reference.metrics["ndcg_10"] == pytest.approx(reference.metrics["present_ndcg_10"] + reference.metrics["difference"])
+
+    async def ask(model: Any, call: Call) -> Any:
+        assert model.manifest.pooling == "cls" and model.manifest.query_prefix == "query: "
+        return np.stack((await model.embed([f"{PEOPLE[0]} the", f"{PLACES[0]} my", f"{PLACES[3]} my"], call=call, normalize=True)).items)
+
+    query, right, wrong = await serve(settings, reference, ask)
+    assert query @ right > query @ wrong + 0.2
+
+
+async def test_graded_similarity_by_lora(workplace: Path, base: Path) -> None:
+    settings = config(workplace, base, alike={"task": "sentence-similarity", "deliver_bar": 0.6})
+    rows, others = topics(240, 6), topics(240, 7)
+    graded = [{**pair(*one), "teacher_text": "0.9"} for one in rows[:120]]
+    graded += [{**pair(first, second), "teacher_text": "0.1"} for (first, _), (_, second) in zip(rows[120:], others, strict=False)]
+    fill(workplace / "lake", graded, "alike")
+    report, reference = await trained(workplace, settings, "alike", method="lora", learning_rate=1e-2, epochs=6)
+    assert report.method == "lora" and reference.metrics["difference"] > 0 and reference.metrics["spearman"] > 0.2
+    assert reference.metrics["parity/agreement"] > 0.95  # LoRA is merged: the file is a whole model
+
+
+async def test_what_does_not_answer_as_it_was_trained_is_not_published(
+    workplace: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(workplace, base, find={"task": "text-ranking", "deliver_bar": 0.0})
+    fill(workplace / "lake", relevant(140, 2), "find")
+    monkeypatch.setattr(judge, "LEAST_PARITY", {"int8": 1.1, "float32": 1.1})
+    monkeypatch.setattr(export, "LEAST_PARITY", {"int8": 1.1, "float32": 1.1})
+    report = await asyncio.to_thread(run, workplace, settings, "find", {"method": "full", "epochs": 1})
+    assert report.state == "rejected" and "the float32 file agrees with the torch model" in report.reason
+    assert not (workplace / "models" / "adapters").exists() and Repository(workplace / "models").names() == ["tiny"]
+
+
+async def test_a_cancelled_job_goes_on_as_if_it_had_not_been(workplace: Path, base: Path) -> None:
+    settings = config(workplace, base, people={"task": "token-classification", "deliver_bar": 0.0})
+    fill(workplace / "lake", named(200, 3), "people")
+    spec = {"method": "lora", "epochs": 2, "learning_rate": 3e-3}
+    whole = await asyncio.to_thread(run, workplace, settings, "people", spec, seed=7)
+    shutil.rmtree(workplace / "models" / "adapters")
+
+    job = context(workplace, settings, "people", seed=7)
+    seen: list[int] = []
+    job.metric = lambda name, step, value: seen.append(step)
+    job.is_cancelled = lambda: any(step >= 10 for step in seen)
+    with pytest.raises(Cancelled):
+        await asyncio.to_thread(train, settings, "people", job, spec)
+    # What came meanwhile is for the next job.
+    fill(workplace / "lake", named(40, 8), "people")
+    job.is_cancelled = lambda: False
+    logs: list[str] = []
+    job.log = logs.append
+    again = await asyncio.to_thread(train, settings, "people", job, spec)
+    assert any("taken up at step" in line for line in logs)
+    first, second = whole.tried[0], again.tried[0]
+    assert (first["losses"], first["validation"]) == (second["losses"], second["validation"])
+    models = Repository(workplace / "models")
+    assert whole.model == "people-student@1" and again.model == "people-student@2"
+    assert models.manifest("people-student", "1").files["model.onnx"] == models.manifest("people-student", "2").files["model.onnx"]
+
+
+def test_what_cannot_be_trained_is_refused(workplace: Path, base: Path) -> None:
+    task = {"task": "token-classification"}
+    settings = config(
+        workplace,
+        base,
+        people=task,
+        baseless={**task, "base": ""},
+        foreign={**task, "base": "absent"},
+        headed={**task, "method": "linear-head"},
+    )
+    with pytest.raises(SkillNotFound, match="people"):
+        run(workplace, settings, "peple")
+    with pytest.raises(InvalidArgument, match="auto, lora, full") as refused:
+        run(workplace, settings, "people", {"method": "prefix"})
+    assert refused.value.metadata["allowed"] == "auto,lora,full"
+    with pytest.raises(InvalidArgument, match="linear-head"):
+        run(workplace, settings, "headed")
+    with pytest.raises(FailedPrecondition, match="no base"):
+        run(workplace, settings, "baseless")
+    with pytest.raises(ModelNotFound, match="absent"):
+        run(workplace, settings, "foreign")
+    fill(workplace / "lake", named(200, 1), "people")
+    for name, value in (("seed", -1), ("seed", "x"), ("epochs", 0), ("epochs", 1.5), ("learning_rate", "high"), ("batch", True)):
+        with pytest.raises(InvalidArgument, match=name):
+            run(workplace, settings, "people", {name: value})
+
+
+def test_too_little_data_says_how_much_and_why(workplace: Path, base: Path) -> None:
+    settings = config(workplace, base, people={"task": "token-classification", "labels": ["person"]}, find={"task": "text-ranking"})
+    with pytest.raises(TooLittleData) as refused:
+        run(workplace, settings, "people")
+    assert (refused.value.metadata["rows"], refused.value.metadata["minimum"]) == ("0", "100")
+    foreign = [{**row, "teacher_text": json.dumps([{"text": row["input"].split()[0], "label": "ship"}])} for row in named(150, 1)]
+    fill(workplace / "lake", foreign, "people")
+    with pytest.raises(TooLittleData, match=examples.FOREIGN_LABEL):
+        run(workplace, settings, "people")
+    fill(workplace / "lake", [{**row, "teacher_text": "0.5"} for row in relevant(140, 1)], "find")
+    with pytest.raises(TooLittleData, match="different scores"):
+        run(workplace, settings, "find")

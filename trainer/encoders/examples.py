@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trainer.curate.rows import is_held_out
+from trainer.curate.rows import is_held_out, normalised
 
 Span = tuple[int, int, str]
 """An entity: start and end as offsets in code points, end exclusive, and its label."""
@@ -31,6 +31,7 @@ NOT_IN_TEXT = "an entity's words are not in the text"
 FOREIGN_LABEL = "an entity's label is not one of the skill's"
 NO_SCORE = "the answer is no score from 0 to 1"
 NO_PAIR = "the input is no pair of texts"
+REPEATED = "repeats another row's text"
 _YES = frozenset({"relevant", "yes", "true", "same", "up"})
 _NO = frozenset({"irrelevant", "not relevant", "no", "false", "different", "down"})
 
@@ -83,15 +84,22 @@ class Examples:
 def read(task: str, rows: Iterable[RowLike], labels: Collection[str] = ()) -> Examples:
     """Examples of `task`, one of TASKS. `labels`: kinds of entities that the skill knows; empty: any.
 
-    Rows of pairs are held out by their first text, so that no query is on both sides.
+    Rows of pairs are held out by their first text, so that no query is on both sides. Of rows with equal texts a person's counts, else the
+    last.
     """
     found = Examples()
+    kept: dict[tuple[str, str], Example] = {}
     for row in rows:
         one = _entities(row, labels) if task == ENTITIES else _pair(row, task)
-        if isinstance(one, Example):
-            found.rows.append(one)
-        else:
+        if isinstance(one, str):
             found.dropped[one] += 1
+            continue
+        key = normalised(one.text), normalised(one.pair)
+        if key in kept:
+            found.dropped[REPEATED] += 1
+        if key not in kept or one.corrected or not kept[key].corrected:
+            kept[key] = one
+    found.rows = list(kept.values())
     return found
 
 

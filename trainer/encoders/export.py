@@ -47,7 +47,7 @@ def export(
     """
     student = trial.student
     folder = context.folder / "draft" / "torch"
-    save_folder(student.learner.model, student.base, folder)
+    save_folder(student.learner.model, student.source, folder)
     torch_output = student.output(judge)
     draft = Repository(context.folder / "draft" / "models")
     shutil.rmtree(draft.root, ignore_errors=True)

@@ -20,7 +20,7 @@ from trainer.encoders.measure import Interval, Statistic
 # How far an exported file may be from the model that was trained, by what `parity` measures.
 LEAST_PARITY = {"float32": 0.995, "int8": 0.95}
 _MOST_DOCUMENTS = 2000
-_MIN_SAID = 20  # rows on which people judged the teacher, before it is compared
+_MIN_SAID = 20  # rows that people judged, before students are compared on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,34 +100,29 @@ class Judge:
         figures["rank_correlation"] = measure.spearman(first.ravel()[:5000].tolist(), second.ravel()[:5000].tolist())
         return figures
 
-    def against_teacher(self, output: Any) -> dict[str, float]:
-        """Student and teacher on the rows on which people said what is right; {} where those are few, or answers cannot be compared.
+    def said(self, output: Any) -> dict[str, float]:
+        """The student beside what callers got (of a skill without a student: the teacher's answers), on the rows that people judged.
 
-        A row whose teacher was corrected has the refused answer; on a row with a thumb up the teacher was right.
+        {} where those are few. A row that was corrected has the answer that was refused; under a thumb up what callers got was right.
         """
-        said = [place for place, row in enumerate(self.rows) if row.agreed or (row.corrected and row.rejected)]
-        if len(said) < _MIN_SAID or self.task == EMBEDDING:
+        places = [place for place, row in enumerate(self.rows) if row.agreed or (row.corrected and row.rejected)]
+        if len(places) < _MIN_SAID or self.task == EMBEDDING:
             return {}
-        rows = [self.rows[place] for place in said]
-        teacher: list[Any] = []
-        for row in rows:
-            if self.task == ENTITIES:
-                refused = read_entities(row.rejected, row.text) if row.rejected else row.spans
-                teacher.append(row.spans if row.agreed else refused if isinstance(refused, tuple) else ())
-            else:
-                score = read_score(row.rejected) if row.rejected else row.score
-                teacher.append(row.score if row.agreed or score is None else score)
-        mine = Judge(self.task, rows).judge([output[place] for place in said])
-        theirs = Judge(self.task, rows).judge(teacher)
-        difference = measure.bootstrap(mine.statistic, mine.units, minus=theirs.statistic)
-        return {
-            "teacher_rows": float(len(rows)),
-            f"teacher_{mine.name}": theirs.value,
-            f"student_{mine.name}": mine.value,
-            "teacher_difference": difference.value,
-            "teacher_difference_low": difference.low,
-            "teacher_difference_high": difference.high,
-        }
+        rows = [self.rows[place] for place in places]
+        judge = Judge(self.task, rows)
+        mine = judge.judge([output[place] for place in places])
+        got = judge.judge([self._delivered(row) for row in rows])
+        difference = measure.bootstrap(mine.statistic, mine.units, minus=got.statistic)
+        figures = {"rows": float(len(rows)), "delivered": got.value, "student": mine.value, "difference": difference.value}
+        figures |= {"difference_low": difference.low, "difference_high": difference.high}
+        return {f"said/{name}": value for name, value in figures.items()}
+
+    def _delivered(self, row: Example) -> Any:
+        if self.task == ENTITIES:
+            refused = read_entities(row.rejected, row.text) if row.rejected and not row.agreed else row.spans
+            return refused if isinstance(refused, tuple) else ()
+        score = read_score(row.rejected) if row.rejected and not row.agreed else row.score
+        return 1 - row.score if score is None else score
 
 
 def compared(new: Judged, old: Judged) -> Interval:

@@ -13,7 +13,6 @@ from server.errors import UnderstudyError
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.references import read_reference
 from server.runtime.repository import Repository
-from trainer.encoders.base import Base
 from trainer.encoders.examples import ENTITIES, RANKING
 
 
@@ -32,7 +31,7 @@ class Present:
         return f"{self.model}@{self.version}"
 
 
-def find_present(config: Config, skill: str, base: Base) -> Present | None:
+def find_present(config: Config, skill: str) -> Present | None:
     """The present student, or None where nothing local can answer the skill's task."""
     folder = Path(config.models.path) / "adapters" / skill
     repository = Repository(Path(config.models.path))
@@ -44,7 +43,7 @@ def find_present(config: Config, skill: str, base: Base) -> Present | None:
             continue
         if reference.kind == "model" and _can(repository, reference.target.model, reference.target.version, task):
             return Present(reference.target.model, reference.target.version, str(number), reference.lineage)
-    for name in (config.skills[skill].student_model, base.name):
+    for name in (config.skills[skill].student_model, config.skills[skill].base):
         if name and "/" not in name and repository.exists(name) and _can(repository, name, None, task):
             return Present(name, repository.latest(name))
     return None

@@ -22,11 +22,11 @@ from server.runtime.adapter_folder import version_numbers
 from server.runtime.references import Reference, Target, write_reference
 from server.runtime.repository import ModelFiles, Repository
 from server.runtime.verify import MODEL
+from trainer.classify.source import Source, find_source
 from trainer.context import JobContext
 from trainer.curate.rows import Row, normalised
 from trainer.encoders import examples as answers
-from trainer.encoders.base import Base, find_base
-from trainer.encoders.examples import EMBEDDING, ENTITIES, RELEVANT, Example, Examples
+from trainer.encoders.examples import EMBEDDING, ENTITIES, RELEVANT, SIMILARITY, Example, Examples
 from trainer.encoders.export import Exported, export
 from trainer.encoders.fit import Recipe
 from trainer.encoders.judge import Judge, Judged, compared, verdict
@@ -74,11 +74,11 @@ def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, An
     if missing:
         message = f"Training needs {', '.join(missing)}, not installed here. Run: pip install 'understudy-server[trainer]'"
         raise FailedPrecondition(message, package=missing[0])
-    base = find_base(config, settings.base)
+    source = find_source(config, settings.base)
     registry = Registry(config.registry)
-    report = Report(skill, context.job, base=f"{base.name}@{base.version}")
+    report = Report(skill, context.job, base=f"{source.base}@{source.manifest.version}")
     try:
-        _Run(config, skill, registry, report, replace(context, seed=seed), base).run(method, spec)
+        _Run(config, skill, registry, report, replace(context, seed=seed), source).run(method, spec)
     finally:
         registry.close()
     return report
@@ -99,7 +99,7 @@ class Parts:
 
 
 class _Run:
-    def __init__(self, config: Config, skill: str, registry: Registry, report: Report, context: JobContext, base: Base) -> None:
+    def __init__(self, config: Config, skill: str, registry: Registry, report: Report, context: JobContext, source: Source) -> None:
         self._config = config
         self._settings = config.skills[skill]
         self._task = self._settings.task
@@ -107,7 +107,7 @@ class _Run:
         self._registry = registry
         self._report = report
         self._context = context
-        self._base = base
+        self._source = source
         self._models = Path(config.models.path)
         self._folder = self._models / "adapters" / skill
 
@@ -123,7 +123,7 @@ class _Run:
         self._enough(parts, found)
         tries = recipes(self._task, method, len(parts.train), spec)
         fingerprint = _fingerprint(found.rows)
-        present = find_present(self._config, self._skill, self._base)
+        present = find_present(self._config, self._skill)
         if present is not None:
             report.present_version = present.shown
             if present.lineage.get("fingerprint") == fingerprint and present.lineage.get("asked") == method:
@@ -188,7 +188,7 @@ class _Run:
             until = time.monotonic() + share * context.left_s()
             start = time.monotonic()
             with Timed(report, f"train {recipe.method}"):
-                student = Student(self._task, self._base, context, kinds_of(parts.train))
+                student = Student(self._task, self._source, context, kinds_of(parts.train))
                 trial = student.train(recipe, parts.train, parts.validation, key=fingerprint, until=until)
             reaches = trial.figure >= self._settings.deliver_bar
             report.tried.append({**trial.tried(), "seconds": round(time.monotonic() - start, 3), "reaches": reaches})
@@ -203,7 +203,12 @@ class _Run:
         context = self._context
         context.check()
         texts = [text for row in parts.train for text in (row.text, row.pair) if text]
-        more = {"license": self._base.license, "source": {"kind": "trainer", "id": self._skill, "revision": context.job}}
+        manifest = self._source.manifest
+        more: dict[str, Any] = {"license": manifest.license, "max_tokens": manifest.max_tokens}
+        more["source"] = {"kind": "trainer", "id": self._skill, "revision": context.job}
+        if self._task in (EMBEDDING, SIMILARITY):
+            more |= {"pooling": self._source.pooling, "normalize": manifest.normalize}
+            more |= {"query_prefix": manifest.query_prefix, "passage_prefix": manifest.passage_prefix}
         judge = Judge(self._task, parts.held_out, parts.documents)
         return export(self._config, trial, judge, f"{self._skill}-student", texts, more, context)
 
@@ -215,7 +220,7 @@ class _Run:
             report.metrics = {**new.figures, "held_out_rows": float(len(judge.rows)), **_interval(new)}
             report.metrics |= {f"parity/{name}": value for name, value in exported.parity.items()}
             report.metrics |= {f"torch/{new.name}": judge.judge(exported.torch).value}
-            report.metrics |= judge.against_teacher(exported.served)
+            report.metrics |= judge.said(exported.served)
             difference = None
             if present is not None:
                 old = judge.judge(asyncio.run(served_output(self._config, self._models, present.model, present.version, judge)))
@@ -257,7 +262,7 @@ class _Run:
                 target=target,
                 metrics=metrics,
                 lineage=lineage,
-                license=self._base.license,
+                license=self._source.manifest.license,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             with suppress(AlreadyExists):  # another run took the number
@@ -269,7 +274,7 @@ class _Run:
 
     def _clean(self) -> None:
         """What the job needed and nobody needs after it."""
-        for name in (*METHODS, "draft", "tokens"):
+        for name in (*METHODS, "draft"):
             shutil.rmtree(self._context.folder / name, ignore_errors=True)
 
 

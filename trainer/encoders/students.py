@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.errors import InvalidArgument
+from trainer.classify.source import Source
 from trainer.context import JobContext
-from trainer.encoders.base import Base, Tokens, add_lora, load_model, merged
+from trainer.encoders.base import Tokens, add_lora, load_model, merged
 from trainer.encoders.contrastive import Embedder
 from trainer.encoders.examples import EMBEDDING, ENTITIES, RANKING, Example
 from trainer.encoders.fit import Fit, Recipe, device, fit
@@ -82,13 +83,13 @@ class Trial:
 class Student:
     """One torch model of a task. `kinds`: of entities."""
 
-    def __init__(self, task: str, base: Base, context: JobContext, kinds: Sequence[str] = ()) -> None:
+    def __init__(self, task: str, source: Source, context: JobContext, kinds: Sequence[str] = ()) -> None:
         self.task = task
-        self.base = base
+        self.source = source
         self._context = context
-        self.tokens = Tokens(base.folder, context.folder / "tokens")
+        self.tokens = Tokens(source)
         labels = token_labels(kinds) if task == ENTITIES else []
-        model = load_model(base, task, labels, context.seed)
+        model = load_model(source, task, labels, context.seed)
         self.learner: Any
         if task == ENTITIES:
             self.learner = Tagger(model, self.tokens, labels, device())
