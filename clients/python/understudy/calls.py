@@ -5,7 +5,6 @@ A `Prepared` is sent as bytes and read from bytes, so that a matrix of vectors i
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -26,8 +25,6 @@ from understudy.results import (
     Status,
 )
 from understudy.v1 import common_pb2 as common
-from understudy.v1 import feedback_pb2 as feedback_types
-from understudy.v1 import feedback_service_pb2 as feedback_pb
 from understudy.v1 import inference_pb2 as items
 from understudy.v1 import inference_service_pb2 as pb
 from understudy.v1 import model_service_pb2 as models_pb
@@ -54,11 +51,6 @@ _AGGREGATIONS = {
     "first": pb.AGGREGATION_STRATEGY_FIRST,
     "average": pb.AGGREGATION_STRATEGY_AVERAGE,
     "max": pb.AGGREGATION_STRATEGY_MAX,
-}
-_THUMBS = {
-    "": feedback_types.THUMB_UNSPECIFIED,
-    "up": feedback_types.THUMB_UP,
-    "down": feedback_types.THUMB_DOWN,
 }
 
 
@@ -208,21 +200,6 @@ def answer_questions(pairs: Sequence[tuple[str, str]], options: dict[str, Any]) 
     )
     _no_more(options)
     return _prepare("InferenceService", "AnswerQuestion", request, convert.checked(convert.answers, return_errors), call)
-
-
-def feedback(interaction_id: str, said: dict[str, Any], options: dict[str, Any]) -> Prepared[str]:
-    """FeedbackService.CreateFeedback. One id for all attempts makes repeating it safe."""
-    call = _call(options)
-    content = feedback_types.Feedback(interaction_id=interaction_id, thumb=_choice("thumb", said["thumb"] or "", _THUMBS))
-    if said["rating"] is not None:
-        content.rating = said["rating"]
-    if said["correction"] is not None:
-        content.correction = said["correction"]
-    content.comment = said["comment"]
-    request = feedback_pb.CreateFeedbackRequest(feedback=content, request_id=call.get("request_id") or uuid.uuid4().hex)
-    _no_more(options)
-    read = _reader(feedback_pb.CreateFeedbackResponse, lambda response: str(response.feedback.feedback_id))
-    return _prepare("FeedbackService", "CreateFeedback", request, read, call)
 
 
 def status(options: dict[str, Any]) -> Prepared[Status]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack
 
 import grpc
 
-from understudy import calls, convert, ensembles, generation, routing
+from understudy import calls, convert, ensembles, feedback, generation, routing
 from understudy.adapters import Adapters
 from understudy.calls import Prepared
 from understudy.connection import Tls as Tls
@@ -18,6 +18,7 @@ from understudy.connection import call_metadata, channel_options, with_request_i
 from understudy.ensembles import EnsembleAnswer, EnsembleOptions
 from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
+from understudy.feedback import Feedback as Feedback
 from understudy.generation import Messages
 from understudy.many import run_many
 from understudy.options import (
@@ -210,11 +211,32 @@ class Client:
         thumb: Literal["up", "down"] | None = None,
         correction: str | None = None,
         comment: str = "",
+        metrics: Mapping[str, float] | None = None,
+        user: str = "",
         **options: Unpack[CallOptions],
     ) -> str:
-        """Says something of an answer; returns the feedback's id. `rating` is 1 to 5."""
-        said = {"rating": rating, "thumb": thumb, "correction": correction, "comment": comment}
-        return self._send(calls.feedback(interaction_id, said, dict(options)))
+        """Says something of an answer; returns the feedback's id. `rating` is 1 to 5, `metrics` are measurements of your own."""
+        said = Feedback(interaction_id, rating, thumb, correction, comment, metrics or {}, user)
+        return self._send(feedback.create(said, dict(options)))
+
+    def feedback_many(self, said: Iterable[Feedback], **options: Unpack[CallOptions]) -> list[str]:
+        """Says something of many answers, in calls of 1,000; returns the feedback's ids. Each call is kept as a whole or not at all."""
+        found: list[str] = []
+        for part in feedback.in_parts(said):
+            kept = self._send(feedback.create_many(part, dict(options)))
+            found += kept
+        return found
+
+    def list_feedback(self, interaction_id: str, **options: Unpack[CallOptions]) -> list[Feedback]:
+        """What was said of an answer, oldest first; what came in the last seconds may be missing."""
+        found: list[Feedback] = []
+        token = ""
+        while True:
+            page = self._send(feedback.list_page(interaction_id, token, dict(options)))
+            found += page.items
+            token = page.next_token
+            if not token:
+                return found
 
     def status(self, **options: Unpack[CallOptions]) -> Status:
         """How the server is doing."""
@@ -294,4 +316,4 @@ class Skills:
         return self._client._send(calls.get_skill(name, dict(options)))
 
 
-__all__ = ["Client", "Member", "RetryPolicy", "RunReply", "RunRequest", "Tls"]
+__all__ = ["Client", "Feedback", "Member", "RetryPolicy", "RunReply", "RunRequest", "Tls"]
