@@ -4,7 +4,8 @@ It errs on purpose, on a share of the texts that is chosen by a hash of the text
 a wrong answer is one of the labels whose names share the most words with the right one, as a real model's mistakes do.
 
 `python -m bench.teacher_simulation --labels FILE.jsonl` prints one JSON line with its address and serves until it is stopped. Lines of the
-file: {"text": ..., "label": ...}.
+file: {"text": ..., "label": ...}. POST /control takes {"accuracy", "latency_ms"} while it runs; GET /bill tells what it would have
+charged for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SimulatedTeacher:
 
     def __init__(self, labels: Mapping[str, str], accuracy: float) -> None:
         self._labels = dict(labels)
-        self._accuracy = accuracy
+        self.accuracy = accuracy
         names = sorted(set(labels.values()))
         self._near = {name: _confusable(name, names) for name in names}
 
@@ -37,7 +38,7 @@ class SimulatedTeacher:
         if gold is None:
             return "I am a simulation and have no label for this text."
         number = int.from_bytes(hashlib.sha256(b"teacher\0" + text.encode()).digest()[:8], "big")
-        if number / 2**64 < self._accuracy or not self._near[gold]:
+        if number / 2**64 < self.accuracy or not self._near[gold]:
             return gold
         return self._near[gold][number % len(self._near[gold])]
 
@@ -52,6 +53,8 @@ class HttpServer:
 
     def __init__(self, teacher: SimulatedTeacher, latency_s: float) -> None:
         self.requests = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
         self._teacher = teacher
         self._latency_s = latency_s
 
@@ -77,6 +80,11 @@ class HttpServer:
             writer.close()
 
     async def _respond(self, first: str, body: bytes) -> tuple[str, dict[str, object]]:
+        if first.startswith("POST /control "):
+            return self._control(body)
+        if first.startswith("GET /bill "):
+            counted = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+            return "200 OK", {"requests": self.requests, "accuracy": self._teacher.accuracy, **counted}
         if not first.startswith("POST ") or not first.split(" ")[1].endswith("/chat/completions"):
             return "404 Not Found", {"error": {"message": "this simulation knows POST /v1/chat/completions alone"}}
         try:
@@ -89,6 +97,8 @@ class HttpServer:
         await asyncio.sleep(self._latency_s)
         answer = self._teacher.answer(text)
         written = max(len(answer) // 4, 1)
+        self.prompt_tokens += prompt
+        self.completion_tokens += written
         return "200 OK", {
             "id": f"chatcmpl-simulation-{self.requests}",
             "object": "chat.completion",
@@ -97,6 +107,13 @@ class HttpServer:
             "choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written},
         }
+
+    def _control(self, body: bytes) -> tuple[str, dict[str, object]]:
+        """A vendor's model changes under its name without notice; here it does so when told."""
+        wanted = json.loads(body)
+        self._teacher.accuracy = float(wanted.get("accuracy", self._teacher.accuracy))
+        self._latency_s = float(wanted.get("latency_ms", self._latency_s * 1e3)) / 1e3
+        return "200 OK", {"accuracy": self._teacher.accuracy, "latency_ms": self._latency_s * 1e3}
 
 
 def read_labels(path: Path) -> dict[str, str]:
