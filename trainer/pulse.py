@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,7 @@ _MOST_LINES = 10_000  # that wait while the registry does not answer; then the o
 _MOST_POINTS = 100_000
 _NAME = 64  # characters of a curve's name
 SPENT = "spent.json"
+POINTS = "points.jsonl"
 
 
 class Pulse:
@@ -44,7 +46,11 @@ class Pulse:
         self._progress: dict[str, tuple[int, int]] = dict(job.progress)
         self._progress_changed = False
         self._bad_numbers: set[str] = set()
-        self._events = Events.open(folder / "tensorboard", store.metrics(job.id))
+        known = store.metrics(job.id)
+        self._points.extend(_unheard(folder / POINTS, known))
+        self._file = (folder / POINTS).open("a", buffering=1, encoding="utf-8")  # a line is one write, which a killed process has made
+        self._file.write("\n")  # ends a line that a full disk or a power cut tore
+        self._events = Events.open(folder / "tensorboard", known)
         self._done = threading.Event()
         self._last_beat = time.monotonic()
         self.held = Held.YES
@@ -60,6 +66,7 @@ class Pulse:
         self._thread.join()
         self._beat()
         self._events.close()
+        self._file.close()
 
     def log(self, text: str) -> None:
         """Keeps a line."""
@@ -74,8 +81,11 @@ class Pulse:
                 self._bad_numbers.add(name)
                 self.log(f"{name} is {value} at step {step}; such points are left out")
             return
+        point = Point(name, int(step), value, now_ms())
         with self._lock:
-            self._points.append(Point(name, int(step), value, now_ms()))
+            self._points.append(point)
+            with suppress(OSError):  # a full disk; the registry has the point
+                self._file.write(json.dumps(point) + "\n")
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Says how far a stage is."""
@@ -120,6 +130,19 @@ class Pulse:
             self._lines.extendleft(reversed(news.lines))
             self._points.extendleft(reversed(news.points))
             self._progress_changed |= bool(news.progress)
+
+
+def _unheard(file: Path, known: Sequence[Point]) -> list[Point]:
+    """Points that a killed trainer kept in its file and had no time to tell: its checkpoint may be later than they are."""
+    if not file.exists():
+        return []
+    latest: dict[tuple[str, int], Point] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, TypeError):  # the last one may be torn
+            point = Point(*json.loads(line))
+            latest[point.name, point.step] = point
+    told = {(point.name, point.step): point.value for point in known}
+    return [point for key, point in latest.items() if told.get(key) != point.value]
 
 
 def _spent(file: Path) -> float:

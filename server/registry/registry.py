@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from server.registry.jobs import Job
 
 _BUSY_S = 10.0
+_UNLEASED_S = 10.0 * 365 * 86_400
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,13 +85,10 @@ class Registry:
         return "Registry()"
 
     def start_job(self, skill: str, kind: str) -> str:
-        """Writes down a job that runs from now on; returns its id."""
-        from server.registry.schema import JOBS
+        """Writes down a job that its caller runs from now on, and that no trainer takes up; returns its id."""
+        from server.registry.jobs import JobStore
 
-        job = secrets.token_hex(16)
-        row = {"id": job, "skill": skill, "kind": kind, "state": "running", "create_ms": _now(), "heartbeat_ms": _now(), "report": "{}"}
-        self._write(JOBS.insert().values(**row, error=""))
-        return job
+        return JobStore(self).begin(skill, kind, None, "", _UNLEASED_S).id
 
     def heartbeat(self, job: str) -> None:
         """Says that a job still runs."""

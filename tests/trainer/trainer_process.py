@@ -1,0 +1,89 @@
+"""A trainer as a process of its own, and the workplace that it shares with a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = ("card", "password", "transfer")
+
+
+def make_workplace(folder: Path, small_models: Path, *, registry_url: str = "", more: str = "", skill: str = "") -> Path:
+    """A folder with a configuration, a model repository with one base, whose torch weights are at hand, and no lake yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(small_models / "embedder", folder / "models" / "embedder")
+    source = small_models.parent / "checkpoints" / "embedder"
+    (folder / "understudy.toml").write_text(f"""
+[models]
+path = {json.dumps(str(folder / "models"))}
+[lake]
+path = {json.dumps(str(folder / "lake"))}
+[registry]
+url = {json.dumps(registry_url or f"sqlite:///{folder / 'registry.db'}")}
+[training]
+path = {json.dumps(str(folder / "training"))}
+poll_s = 0.1
+lease_s = 3.0
+checkpoint_s = 0.2
+[training.sources]
+embedder = {json.dumps(str(source))}
+[providers.vendor]
+[skills.intent]
+labels = {json.dumps(list(LABELS))}
+teacher = "vendor/big"
+base = "embedder"
+{skill}
+{more}
+""")
+    return folder
+
+
+class TrainerProcess:
+    """`python -m trainer work` in a workplace; its log is kept."""
+
+    def __init__(self, workplace: Path, *options: str) -> None:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "trainer", "work", "--config", str(workplace / "understudy.toml"), "--set", "log.format=json"]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [*command, *options], cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.process.kill()
+        self._end()
+
+    def stop(self, timeout_s: float = 120.0) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 300.0) -> int:
+        """The exit code."""
+        try:
+            self.process.wait(timeout_s)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            self._end()
+        return self.process.returncode
+
+    def _end(self) -> None:
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
