@@ -16,11 +16,14 @@ _LAZY = {
     "models": ("server.commands.models", "app", "The model repository: pull, add, export, list, verify, remove, bench."),
     "adapters": ("server.commands.adapters", "app", "Adapters of the models: add, list, verify, remove."),
     "lake": ("server.commands.lake", "app", "The lake of interactions: stats, compact, export, erase, verify."),
+    "rollout": ("server.commands.rollout", "app", "Where a skill's rollout is, and moving it by hand."),
     "train": ("server.commands.train", "app", "Train a skill's student from what the lake holds."),
     "jobs": ("server.commands.jobs", "app", "The trainer's jobs: list, show, logs, cancel, curve, work."),
     "schedule": ("server.commands.schedule", "app", "When skills are trained without being told to: list, set, remove."),
     "finetune": ("server.commands.finetune", "app", "Fine-tune a vendor's model on a skill's rows, or train its student here."),
     "assess": ("server.commands.assess", "app", "Refit a skill's quality and difficulty on judged answers; check its student."),
+    "curate": ("server.commands.export", "curate_app", "Say what of a skill's rows would be learnt from, and why the rest would not."),
+    "export": ("server.commands.export", "app", "Write a skill's curated rows as a file for other trainers."),
 }
 
 

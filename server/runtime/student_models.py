@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from server.errors import UnderstudyError
+from server.errors import Draining, OutOfMemory, UnderstudyError
 from server.runtime.adapters import AdapterStore, Stand, stand_of
 from server.runtime.runtime import ModelState, Runtime
 from server.runtime.verify import MODEL
@@ -55,8 +55,10 @@ class StudentModels:
                     await self._load(stand)
                 if stand.adapter and self.version(stand) is not None:
                     await self._load_adapter(stand)
+            except Draining:
+                return
             except UnderstudyError as error:
-                if error.retry_after_s is None and error.reason not in ("OUT_OF_MEMORY", "DRAINING"):
+                if error.retry_after_s is None and not isinstance(error, OutOfMemory):
                     self._refused[stand] = error.message
                 _log.error(
                     "a student's model is not loaded", extra={"model": stand.model, "version": stand.version, "error": error.message}
