@@ -32,11 +32,14 @@ class ServedBase:
         self.features = Features(pooling=pooling, normalize=True, size=manifest.hidden_size)
 
     @classmethod
-    async def open(cls, config: Config, name: str) -> ServedBase:
-        """Loads the newest version. Raises ModelNotFound, ModelRejected, TaskNotSupported."""
-        runtime = Runtime(Repository(Path(config.models.path)), make_loader(config.runtime, NullObserver()))
+    async def open(cls, config: Config, name: str, version: str | None = None, *, root: Path | None = None) -> ServedBase:
+        """Loads a version (default: the newest) from the repository at `root` (default: the configured one).
+
+        Raises ModelNotFound, VersionNotFound, ModelRejected, TaskNotSupported.
+        """
+        runtime = Runtime(Repository(root or Path(config.models.path)), make_loader(config.runtime, NullObserver()))
         try:
-            await runtime.load(name)
+            await runtime.load(name, version)
             runtime.get(name, Task.FEATURE_EXTRACTION)
             return cls(runtime, name)
         except BaseException:

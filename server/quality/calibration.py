@@ -1,10 +1,16 @@
 """From a classifier's probabilities to a calibrated probability that its best label is acceptable.
 
 Platt's method (Platt 1999) on two features, the log-odds of the best label and its log-ratio to the second, under a ceiling:
-quality = ceiling * sigmoid(weights . features + bias). What is acceptable is judged by a teacher that errs too, so even the surest
+agreement = ceiling * sigmoid(weights . features + bias). What is acceptable is judged by a teacher that errs too, so even the surest
 answers agree with it only so often; without the ceiling the sure ones are promised more than they keep and the middle less. Fitted by
 Fisher scoring with a small ridge, so that a perfect student does not send the weights to infinity. The parameters travel in the
 adapter's manifest.
+
+Quality is the probability that an answer is right, which is not the same: an answer that is right disagrees with the teacher where that
+errs. Where a share `teacher` of the teacher's answers is right, and its errors do not depend on how sure the student is,
+P(agree) = teacher * P(right) + P(both wrong alike), and so quality = min(1, agreement / teacher). `teacher` is estimated, and never below
+the ceiling (trainer.evaluate.teacher_accuracy): too high an estimate makes quality too low, which costs money and no answer. It is 1
+where nobody estimated it, and quality is the agreement then.
 """
 
 from __future__ import annotations
@@ -31,32 +37,42 @@ _EPSILON = 1e-7
 
 @dataclass(slots=True, frozen=True)
 class Calibration:
-    """ceiling * sigmoid(weights . features + bias). `ece` was measured by cross-fitting on `rows` rows that the student never saw."""
+    """min(1, ceiling * sigmoid(weights . features + bias) / teacher). `ece`, the error of the agreement before it is divided, was measured
+
+    by cross-fitting on `rows` rows that the student never saw.
+    """
 
     weights: tuple[float, float]
     bias: float
     ceiling: float
     ece: float
     rows: int
+    teacher: float = 1.0
 
     def quality(self, probabilities: FloatArray) -> FloatArray:
-        """float32[n] in [0, 1] for probabilities float32[n, labels], labels >= 2."""
-        return _model(features(probabilities), np.array([*self.weights, self.bias]), self.ceiling).astype(np.float32)
+        """P(right), float32[n] in [0, 1], for probabilities float32[n, labels], labels >= 2."""
+        return np.minimum(self.agreement(probabilities) / self.teacher, 1.0).astype(np.float32)
+
+    def agreement(self, probabilities: FloatArray) -> Float64Array:
+        """P(agrees with the teacher), float64[n]."""
+        return _model(features(probabilities), np.array([*self.weights, self.bias]), self.ceiling)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest."""
-        return {"weights": list(self.weights), "bias": self.bias, "ceiling": self.ceiling, "ece": self.ece, "rows": self.rows}
+        plain = {"weights": list(self.weights), "bias": self.bias, "ceiling": self.ceiling, "ece": self.ece, "rows": self.rows}
+        return {**plain, "teacher": self.teacher}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Calibration:
         """Raises ModelRejected where a value is missing or is no finite number."""
         try:
             first, second = (float(w) for w in data["weights"])
-            found = cls((first, second), float(data["bias"]), float(data["ceiling"]), float(data["ece"]), int(data["rows"]))
+            teacher = float(data.get("teacher", 1.0))
+            found = cls((first, second), float(data["bias"]), float(data["ceiling"]), float(data["ece"]), int(data["rows"]), teacher)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             message = "the calibration needs weights (two numbers), bias, ceiling, ece and rows. Train the adapter again."
             raise ModelRejected(message, field="calibration") from error
-        if not np.isfinite([first, second, found.bias, found.ece]).all() or not 0 < found.ceiling <= 1:
+        if not np.isfinite([first, second, found.bias, found.ece]).all() or not (0 < found.ceiling <= 1 and 0 < found.teacher <= 1):
             raise ModelRejected("the calibration holds a number out of its range. Train the adapter again.", field="calibration")
         return found
 
@@ -78,7 +94,7 @@ def fit(probabilities: FloatArray, acceptable: BoolArray, *, folds: int = 5, see
         seed: of the assignment of rows to parts.
 
     Returns:
-        The calibration, and the cross-fitted qualities float32[n].
+        The calibration (its `teacher` is 1), and the cross-fitted agreements float32[n].
     """
     x = features(probabilities)
     y = acceptable.astype(np.float64)
@@ -88,9 +104,9 @@ def fit(probabilities: FloatArray, acceptable: BoolArray, *, folds: int = 5, see
         held = part == fold
         crossed[held] = _model(x[held], *_fit(x[~held], y[~held]))
     weights, ceiling = _fit(x, y)
-    qualities = crossed.astype(np.float32)
+    agreements = crossed.astype(np.float32)
     first, second, bias = (float(weight) for weight in weights)
-    return Calibration((first, second), bias, ceiling, expected_error(qualities, acceptable), len(y)), qualities
+    return Calibration((first, second), bias, ceiling, expected_error(agreements, acceptable), len(y)), agreements
 
 
 def expected_error(qualities: FloatArray, acceptable: BoolArray, *, bins: int = 10) -> float:

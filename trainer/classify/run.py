@@ -1,14 +1,9 @@
-"""One training run of a classifying skill, from the lake to a published adapter: curate, embed, fit, write, evaluate the file, publish."""
+"""One job of a classifying skill: curate, try students from the cheapest on, judge what would be served, publish what is proven."""
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,53 +11,47 @@ from typing import Any
 import numpy as np
 
 from server.config import Config
-from server.core import FloatArray, IntArray
-from server.errors import AlreadyExists, FailedPrecondition, TooLittleData
-from server.quality.calibration import MIN_ROWS
-from server.registry.registry import Adapter, Registry
-from server.runtime.adapters import AdapterStore
-from server.runtime.heads import GRAPH, HeadSpec, LinearHead, write_linear_head
-from trainer import evaluate, linear
+from server.core import FloatArray
+from server.errors import FailedPrecondition, InvalidArgument
+from server.quality.calibration import BoolArray
+from server.registry.registry import CHAMPION, Registry
+from server.runtime.adapter_folder import version_numbers
+from server.runtime.heads import LinearHead
+from server.runtime.repository import Repository
+from trainer import evaluate, publish
+from trainer.classify.data import Data, enough
+from trainer.classify.recipe import FULL, LORA, recipe_for
+from trainer.classify.students import LINEAR, Trained, Work, train_encoder, train_linear
 from trainer.context import JobContext
-from trainer.curate import pipeline as curate
-from trainer.curate.rows import Curated, Row
-from trainer.evaluate import Evaluation
-from trainer.report import Report, Timed
+from trainer.curate.pipeline import curate
+from trainer.curate.rows import Curated
+from trainer.report import REJECTED, SUCCEEDED, Report, Timed
 from trainer.serving import ServedBase
 
-KIND = "linear-head"
-# With one row alone a label can be trained on or checked, not both.
-MIN_ROWS_A_LABEL = 2
-
-
-@dataclass(slots=True, frozen=True)
-class _Data:
-    """Embedded rows: vectors float32[n, H], labels and texts' fate by index."""
-
-    rows: list[Row]
-    vectors: FloatArray
-    held_out: np.ndarray[Any, np.dtype[np.bool_]]
-    labels: list[str]
-
-    def classes(self) -> IntArray:
-        index = {label: number for number, label in enumerate(self.labels)}
-        return np.array([index[row.label] for row in self.rows], dtype=np.int64)
+LADDER = (LINEAR, LORA, FULL)
+# What a deeper student needs beside its training: export, embedding, evaluation. With less left none is begun.
+_LEAST_LEFT_S = 60.0
 
 
 def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any]) -> Report:
     """Trains a classifying skill's student. Errors as in `trainer.train`."""
     settings = config.skills[skill]
+    method = str(spec.get("method") or settings.method)
+    if method not in ("auto", *LADDER):
+        allowed = ", ".join(("auto", *LADDER))
+        raise InvalidArgument(f"The method {method[:32]!r} trains no classifier. Allowed: {allowed}.", field="method", allowed=allowed)
     if not settings.base:
         message = f"The skill {skill!r} has no base to learn on. Set skills.{skill}.base to an embedding model of the repository."
         raise FailedPrecondition(message, skill=skill)
-    if find_spec("scipy") is None:
-        raise FailedPrecondition(
-            "Training needs scipy, which is not installed. Run: pip install 'understudy-server[learn]'", package="scipy"
-        )
+    for package, extra in (("scipy", "learn"), ("torch", "trainer")):
+        if find_spec(package) is None and (extra == "learn" or method in (LORA, FULL)):
+            message = f"Training needs {package}, which is not installed. Run: pip install 'understudy-server[{extra}]'"
+            raise FailedPrecondition(message, package=package)
+    context.folder.mkdir(parents=True, exist_ok=True)
     registry = Registry(config.registry)
-    report = Report(skill, context.job, method=KIND)
+    report = Report(skill, context.job)
     try:
-        asyncio.run(_Run(config, skill, registry, report, context).run())
+        asyncio.run(_Run(config, skill, registry, report, context).run(method, spec))
     finally:
         registry.close()
     return report
@@ -76,141 +65,150 @@ class _Run:
         self._registry = registry
         self._report = report
         self._context = context
-        self._adapters = Path(config.models.path) / "adapters"
         self._present_lineage: Mapping[str, Any] = {}
 
-    async def run(self) -> None:
-        report = self._report
-        known = self._settings.read_labels()
+    async def run(self, method: str, spec: Mapping[str, Any]) -> None:
+        report, known = self._report, self._settings.read_labels()
         with Timed(report, "curate"):
-            curated = curate.read(Path(self._config.lake.path), self._skill, known)
+            curated = curate.curate(self._config, self._skill, self._context, self._registry)
         self._note(curated)
-        rows = self._enough(curated)
+        rows = enough(curated, self._skill, self._settings.min_rows, report)
         base = await ServedBase.open(self._config, self._settings.base)
         try:
             report.base = f"{base.base.name}@{base.base.version}"
             with Timed(report, "embed"):
-                data = await self._embed(base, rows, known)
-            self._context.check()
-            with Timed(report, "fit"):
-                fitted, temperature = self._fit(data)
-            self._context.check()
-            spec = self._spec(base, data, temperature)
-            with Timed(report, "evaluate"):
-                judged = self._evaluate(spec, fitted, data, base)
-            used = [(row.interaction_id, bool(out)) for row, out in zip(data.rows, data.held_out, strict=True)]
-            self._registry.add_dataset(report.job, curated.table_version, curated.fingerprint, used)
-            lineage = {"job": report.job, "fingerprint": curated.fingerprint, "table_version": curated.table_version}
-            lineage |= {"sources": dict(curated.sources), "train_rows": report.train_rows, "skill_labels": known}
-            metrics, calibration = judged.metrics(), judged.calibration.to_json()
-            final = spec.model_copy(update={"metrics": metrics, "calibration": calibration, "lineage": lineage})
-            self._decide(final, fitted, judged)
+                data, vectors = await self._embed(base, Data(rows, known))
+            used = [(row.interaction_id, row.held_out) for row in data.rows]
+            dataset = self._registry.add_dataset(report.job, curated.table_version, curated.fingerprint, used, report.curation)
+            work = Work(
+                self._config, self._skill, self._settings.deliver_bar, data, self._context, int(spec.get("seed", self._context.seed))
+            )
+            chosen = await self._ladder(work, base, vectors, method)
+            present = await self._present(data, base, vectors)
         finally:
             await base.close()
+        lineage = {"job": report.job, "dataset": dataset, "fingerprint": curated.fingerprint, "table_version": curated.table_version}
+        lineage |= {"sources": dict(curated.sources), "train_rows": report.train_rows, "skill_labels": known}
+        self._decide(work, chosen, present, lineage)
 
     def _note(self, curated: Curated) -> None:
         report = self._report
         report.read = curated.read
         report.dropped = dict(curated.dropped)
         report.sources = dict(curated.sources)
+        report.curation = curated.report()
 
-    def _enough(self, curated: Curated) -> list[Row]:
-        """The rows of labels that have some in both parts. Raises TooLittleData."""
-        train = Counter(row.label for row in curated.rows if not row.held_out)
-        rows = [row for row in curated.rows if train[row.label] >= MIN_ROWS_A_LABEL]
-        rare = len(curated.rows) - len(rows)
-        if rare:
-            self._report.dropped["label has too few rows"] = rare
-        minimum = self._settings.min_rows
-        held = sum(row.held_out for row in rows)
-        dropped = "; ".join(f"{count} rows: {why}" for why, count in self._report.dropped.items()) or "none were dropped"
-        for count, least, what in ((len(rows), minimum, "rows"), (held, MIN_ROWS, "held-out rows"), (len(set(train)), 2, "labels")):
-            if count < least:
-                message = f"{self._skill!r} has {count} {what} to learn from; {least} are needed ({curated.read} were read, {dropped})."
-                raise TooLittleData(f"{message} Let more traffic pass, or lower min_rows.", count=count, minimum=least, skill=self._skill)
-        return rows
-
-    async def _embed(self, base: ServedBase, rows: list[Row], known: list[str]) -> _Data:
-        vectors, kept, errors = await base.embed(
-            [row.text for row in rows], lambda done, total: self._context.progress("embed", done, total)
-        )
+    async def _embed(self, base: ServedBase, data: Data) -> tuple[Data, FloatArray]:
+        """The rows that the base takes, with their vectors float32[n, H]."""
+        vectors, kept, errors = await base.embed(data.texts, lambda done, total: self._context.progress("embed", done, total))
+        report = self._report
         for error in errors:
             reason = f"the base refuses the text ({error.reason})"
-            self._report.dropped[reason] = self._report.dropped.get(reason, 0) + 1
-        left = [rows[index] for index in kept]
-        present = {row.label for row in left}
-        labels = [label for label in known if label in present]
-        held_out = np.array([row.held_out for row in left], dtype=bool)
-        report = self._report
-        report.train_rows, report.held_out_rows = int((~held_out).sum()), int(held_out.sum())
-        report.labels, report.labels_without_rows = len(labels), [label for label in known if label not in present]
-        return _Data(left, vectors, held_out, labels)
+            report.dropped[reason] = report.dropped.get(reason, 0) + 1
+        rows = [data.rows[index] for index in kept]
+        there = {row.label for row in rows}
+        left = Data(rows, [label for label in data.labels if label in there])
+        report.held_out_rows = int(left.held_out.sum())
+        report.train_rows = len(rows) - report.held_out_rows
+        report.labels, report.labels_without_rows = len(left.labels), [label for label in data.labels if label not in there]
+        return left, vectors
 
-    def _fit(self, data: _Data) -> tuple[linear.Fitted, float]:
-        classes, train = data.classes(), ~data.held_out
-        fitted = linear.fit(
-            data.vectors[train], classes[train], len(data.labels), progress=lambda done, total: self._context.progress("fit", done, total)
-        )
-        logits = fitted.logits(data.vectors[data.held_out])
-        temperature = linear.temperature(logits, classes[data.held_out])
-        self._report.parameters = {"strength": fitted.strength, "temperature": temperature}
-        return fitted, temperature
+    async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str) -> Trained:
+        """Students from the cheapest on until one reaches the bar or the budget is spent; the best of them."""
+        tried: list[Trained] = []
+        for step in LADDER if method == "auto" else (method,):
+            self._context.check()
+            if tried and (skipped := self._skip(step)):
+                self._report.tried.append({"method": step, "skipped": skipped})
+                continue
+            with Timed(self._report, step):
+                if step == LINEAR:
+                    student = train_linear(work, base, vectors)
+                else:
+                    student = await train_encoder(work, recipe_for(step, self._report.train_rows, len(work.data.labels), seed=work.seed))
+            tried.append(student)
+            self._report.tried.append(student.told(work.bar))
+            self._context.log(f"{step}: agrees on {student.judged.accuracy:.2%}, {student.judged.share:.1%} at the bar")
+            for name, value in student.judged.metrics().items():
+                self._context.metric(f"{step}/{name}", len(tried), value)
+            if student.judged.reaches(work.bar) and not student.problem:
+                return student
+        sound = [student for student in tried if not student.problem] or tried
+        return max(sound, key=lambda student: (student.judged.share * student.judged.delivered_accuracy, student.judged.accuracy))
 
-    def _spec(self, base: ServedBase, data: _Data, temperature: float) -> HeadSpec:
-        return HeadSpec(
-            name=self._skill,
-            version="1",
-            base=base.base,
-            features=base.features,
-            labels=data.labels,
-            temperature=temperature,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+    def _skip(self, step: str) -> str:
+        """Why a dearer student is not tried; "" where it is."""
+        if find_spec("torch") is None:
+            return "torch is not installed"
+        if self._context.left_s() < _LEAST_LEFT_S:
+            return "the budget is spent"
+        from trainer.classify.source import find_source
 
-    def _evaluate(self, spec: HeadSpec, fitted: linear.Fitted, data: _Data, base: ServedBase) -> Evaluation:
-        """Writes the file, and judges what was written."""
-        vectors = data.vectors[data.held_out]
-        labels = [row.label for row in data.rows if row.held_out]
-        with tempfile.TemporaryDirectory() as folder:
-            draft = Path(folder) / "draft"
-            write_linear_head(draft, spec, fitted.weight, fitted.bias)
-            judged = evaluate.evaluate(LinearHead.load(draft, base_sha256=base.base.sha256), vectors, labels, self._settings.deliver_bar)
-        self._report.metrics = judged.metrics()
-        present = self._present(base)
+        try:
+            find_source(self._config, self._settings.base)
+        except FailedPrecondition as error:
+            return error.message
+        return ""
+
+    async def _present(self, data: Data, base: ServedBase, vectors: FloatArray) -> BoolArray | None:
+        """Where the student that serves now is right on the held-out rows; None where none serves."""
+        head = self._present_head()
+        if head is None:
+            return None
+        manifest = head.manifest
+        held = vectors[data.held_out]
+        if manifest.base.sha256 != base.base.sha256:
+            repository = Repository(Path(self._config.models.path))
+            if manifest.base.version not in (repository.versions(manifest.base.name) if repository.exists(manifest.base.name) else []):
+                return None  # its encoder is gone, so it does not serve
+            other = await ServedBase.open(self._config, manifest.base.name, manifest.base.version)
+            try:
+                held, kept, _ = await other.embed([row.text for row in data.rows if row.held_out], lambda done, total: None)
+                if len(kept) != int(data.held_out.sum()) or other.base.sha256 != manifest.base.sha256:
+                    return None
+            finally:
+                await other.close()
+        _, right = evaluate.agreement(head, held, data.held_labels)
+        self._present_lineage = manifest.lineage
+        self._report.present_version = manifest.version
+        self._report.present_accuracy = float(right.mean())
+        return right
+
+    def _present_head(self) -> LinearHead | None:
+        """The champion, or where the rollout has named none the newest version that loads."""
+        folder = publish.adapters_folder(self._config, self._skill)
+        champion = self._registry.aliases(self._skill).get(CHAMPION, "")
+        for version in [champion] if champion else [str(number) for number in version_numbers(folder)]:
+            try:
+                return LinearHead.load(folder / version, base_sha256=None)
+            except Exception as error:
+                self._context.log(f"version {version} cannot be compared with: {str(error)[:200]}")
+        return None
+
+    def _decide(self, work: Work, chosen: Trained, present: BoolArray | None, lineage: Mapping[str, Any]) -> None:
+        report, judged = self._report, chosen.judged
+        report.method, report.parameters, report.metrics = chosen.method, dict(chosen.parameters), judged.metrics() | chosen.more
+        report.details = dict(judged.details)
         if present is not None:
-            _, right = evaluate.agreement(present, vectors, labels)
-            self._present_lineage = present.manifest.lineage
-            self._report.present_version = present.manifest.version
-            self._report.present_accuracy = float(right.mean())
-        return judged
-
-    def _present(self, base: ServedBase) -> LinearHead | None:
-        store = AdapterStore(self._adapters, base_sha256=lambda name: base.base.sha256 if name == base.name else None)
-        store.refresh()
-        return store.current(self._skill)
-
-    def _decide(self, spec: HeadSpec, fitted: linear.Fitted, judged: Evaluation) -> None:
-        report = self._report
-        same = ("fingerprint", "skill_labels")
-        if self._present_lineage and all(self._present_lineage.get(key) == spec.lineage[key] for key in same):
+            report.details["paired"] = evaluate.paired(judged.correct, present)
+        mine = {**lineage, "method": chosen.method}
+        same = ("fingerprint", "skill_labels", "method")
+        if self._present_lineage and all(self._present_lineage.get(key) == mine[key] for key in same):
             report.reason = f"version {report.present_version} was made of the same rows. Let new traffic pass."
         else:
-            report.reason = evaluate.verdict(judged, report.present_accuracy, self._settings.deliver_bar)
+            report.reason = chosen.problem or evaluate.verdict(judged, present, work.bar)
         if report.reason:
-            report.state = "rejected"
+            report.state = REJECTED
             return
-        manifest = None
-        while manifest is None:
-            number = 1 + max((int(path.name) for path in self._folder().glob("[0-9]*") if path.name.isdigit()), default=0)
-            versioned = spec.model_copy(update={"version": str(number)})
-            with suppress(AlreadyExists):  # another run took the number
-                manifest = write_linear_head(self._folder() / str(number), versioned, fitted.weight, fitted.bias)
-        digest = manifest.files[GRAPH].sha256
-        base = f"{spec.base.name}@{spec.base.version}"
-        self._registry.add_adapter(Adapter(self._skill, manifest.version, KIND, base, digest, judged.metrics(), report.job))
-        report.state, report.version = "succeeded", manifest.version
-
-    def _folder(self) -> Path:
-        folder = self._adapters / self._skill
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        update: dict[str, Any] = {"metrics": report.metrics, "calibration": judged.calibration.to_json()}
+        update["lineage"] = mine
+        if chosen.draft is not None:
+            made = publish.publish_encoder(self._config, self._registry, chosen.draft, self._skill, report.job)
+            assert made.manifest.files["model.onnx"].sha256 == chosen.spec.base.sha256
+            update["base"] = chosen.spec.base.model_copy(update={"name": made.manifest.name, "version": made.manifest.version})
+            report.model = f"{made.manifest.name}@{made.manifest.version}"
+        update["license"] = Repository(Path(self._config.models.path)).manifest(self._settings.base).license
+        final = chosen.spec.model_copy(update=update)
+        arrays = np.ascontiguousarray(chosen.weight), np.ascontiguousarray(chosen.bias)
+        manifest = publish.publish_head(self._config, self._registry, final, arrays, kind=chosen.method, job=report.job)
+        report.state, report.version = SUCCEEDED, manifest.version

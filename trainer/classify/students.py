@@ -1,0 +1,193 @@
+"""The students of the ladder: each is trained, written as it would be served, and judged on rows that it has not seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.config import Config
+from server.core import FloatArray, IntArray
+from server.quality.calibration import BoolArray
+from server.runtime.heads import Base, Features, HeadSpec, LinearHead, write_linear_head
+from server.runtime.repository import ModelFiles
+from trainer import evaluate, linear
+from trainer.classify.data import Data
+from trainer.classify.recipe import Recipe
+from trainer.context import JobContext
+from trainer.evaluate import Evaluation
+from trainer.serving import ServedBase
+
+LINEAR = "linear-head"
+# A head that is fitted to vectors which were trained for the same labels needs little freedom.
+_REFIT_STRENGTH = 1.0
+
+
+@dataclass(slots=True)
+class Trained:
+    """A student that was trained and judged. `draft`: its own encoder, not yet published; None where it reads the base's vectors.
+
+    `problem`: why it must not be published, whatever its figures; "" where there is nothing.
+    """
+
+    method: str
+    spec: HeadSpec
+    weight: FloatArray
+    bias: FloatArray
+    judged: Evaluation
+    parameters: Mapping[str, Any]
+    seconds: float
+    draft: ModelFiles | None = None
+    problem: str = ""
+    more: dict[str, float] = field(default_factory=dict)
+
+    def told(self, bar: float) -> dict[str, Any]:
+        """For Report.tried."""
+        figures = self.judged.metrics() | self.more
+        plain = {"method": self.method, "seconds": round(self.seconds, 2), "reaches": self.judged.reaches(bar) and not self.problem}
+        return {**plain, "problem": self.problem, "parameters": dict(self.parameters), **figures}
+
+
+@dataclass(slots=True, frozen=True)
+class Work:
+    """What every student of a run is made from and judged by."""
+
+    config: Config
+    skill: str
+    bar: float
+    data: Data
+    context: JobContext
+    seed: int
+
+    def judge(
+        self, head: tuple[FloatArray, FloatArray], vectors: FloatArray, base: Base, features: Features
+    ) -> tuple[HeadSpec, Evaluation]:
+        """Writes the head's file and judges what was written. `vectors` float32[n, H] of all rows."""
+        data = self.data
+        held = data.held_out
+        logits = np.asarray(vectors[held] @ head[0].T + head[1], dtype=np.float32)
+        spec = HeadSpec(
+            name=self.skill,
+            version="1",
+            base=base,
+            features=features,
+            labels=data.labels,
+            temperature=linear.temperature(logits, data.classes[held]),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        draft = self.context.folder / "heads" / str(time.monotonic_ns())
+        write_linear_head(draft, spec, *head)
+        judged = evaluate.evaluate(LinearHead.load(draft, base_sha256=base.sha256), vectors[held], data.held_labels, self.bar)
+        return spec, judged
+
+
+def train_linear(work: Work, base: ServedBase, vectors: FloatArray) -> Trained:
+    """Logistic regression on the base's own vectors float32[n, H]: seconds."""
+    start = time.monotonic()
+    data = work.data
+    train = ~data.held_out
+    fitted = linear.fit(
+        vectors[train],
+        data.classes[train],
+        len(data.labels),
+        row_weights=data.weights[train],
+        progress=lambda done, total: work.context.progress("fit", done, total),
+    )
+    spec, judged = work.judge((fitted.weight, fitted.bias), vectors, base.base, base.features)
+    parameters = {"strength": fitted.strength, "temperature": spec.temperature}
+    return Trained(LINEAR, spec, fitted.weight, fitted.bias, judged, parameters, time.monotonic() - start)
+
+
+def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Any:
+    """The torch part alone: the student, its token table and the training that it went through, for a search and for `train_encoder`."""
+    from trainer.classify import encoder
+    from trainer.classify.batches import TokenTable
+    from trainer.classify.loop import Rows, Training
+    from trainer.classify.source import find_source
+
+    data = work.data
+    source = find_source(work.config, work.config.skills[work.skill].base)
+    student = encoder.open_student(source, len(data.labels), recipe)
+    tokens = TokenTable(source.tokenizer, data.texts, min(recipe.max_tokens, source.manifest.max_tokens))
+    validated = data.validated(recipe.validated)
+    trained = np.flatnonzero(~data.held_out & ~validated)
+    encoder.start_head(student, student.embed(tokens, trained), data.classes[trained])
+    rows = Rows(tokens, data.classes, data.weights, trained, np.flatnonzero(validated))
+    training = Training(student, rows, recipe, work.context, name)
+    training.run()
+    return source, student, tokens, training
+
+
+async def train_encoder(work: Work, recipe: Recipe) -> Trained:
+    """LoRA or full: trains the encoder, writes it as it will be served, and puts a head on the served vectors."""
+    from trainer.classify import encoder, export
+
+    start = time.monotonic()
+    data, context = work.data, work.context
+    source, student, tokens, training = train_encoder_weights(work, recipe, recipe.method)
+    folder = context.folder / f"{recipe.method}-encoder"
+    encoder.save_encoder(student, source, folder)
+    held = np.flatnonzero(data.held_out)
+    trained_vectors = student.embed(tokens, held)
+    training_texts = [row.text for row in data.rows if not row.held_out]
+    forms = ["int8", "float32"] if source.manifest.dtype == "int8" else ["float32"]
+    for form in forms:
+        root = context.folder / "drafts" / f"{recipe.method}-{form}"
+        draft = export.write_draft(folder, source, root, work.skill + "-encoder", training_texts, form, context)
+        served = await _served(work, root, draft)
+        head, refit = _better_head(student.linear(), served.vectors, data, data.validated(recipe.validated))
+        parity = export.compare(trained_vectors, served.vectors[held], *head)
+        if parity.passed:
+            break
+        context.log(f"{form} gives other labels than the trained model on {parity.different} of {parity.rows} held-out rows")
+    spec, judged = work.judge(head, served.vectors, served.base, served.features)
+    problem = (
+        "" if parity.passed else f"the exported encoder gives other labels than the trained one on {1 - parity.agreement:.2%} of the rows."
+    )
+    parameters = recipe.to_json() | {"best_epoch": training.best_epoch, "refit": refit, "form": form, "temperature": spec.temperature}
+    more = {"parity_agreement": parity.agreement, "parity_cosine_mean": parity.cosine_mean, "parity_cosine_min": parity.cosine_min}
+    more |= {"validation_accuracy": training.validation} if training.validation >= 0 else {}
+    return Trained(recipe.method, spec, *head, judged, parameters, time.monotonic() - start, draft, problem, more)
+
+
+@dataclass(slots=True, frozen=True)
+class _Served:
+    vectors: FloatArray
+    base: Base
+    features: Features
+
+
+async def _served(work: Work, root: Path, draft: ModelFiles) -> _Served:
+    """Vectors float32[n, H] of all rows by the draft, loaded by the server's runtime. Its base is as it will be published."""
+    served = await ServedBase.open(work.config, draft.manifest.name, draft.manifest.version, root=root)
+    try:
+        progress: Callable[[int, int], None] = lambda done, total: work.context.progress("embed", done, total)  # noqa: E731
+        vectors, kept, errors = await served.embed(work.data.texts, progress)
+        if errors:  # the same tokenizer and limits as the base's, which took them all
+            raise errors[0]
+        assert len(kept) == len(work.data.rows)
+        return _Served(vectors, served.base, served.features)
+    finally:
+        await served.close()
+
+
+def _better_head(
+    trained: tuple[FloatArray, FloatArray], vectors: FloatArray, data: Data, validated: BoolArray
+) -> tuple[tuple[FloatArray, FloatArray], bool]:
+    """The head that was trained with the encoder, or one fitted to the served vectors where the validation rows prefer it."""
+    if not validated.any():
+        return trained, False
+    train, classes = ~data.held_out & ~validated, data.classes
+    refit = linear.fit_at(vectors[train], classes[train], len(data.labels), _REFIT_STRENGTH, row_weights=data.weights[train])
+    if _hits(refit, vectors[validated], classes[validated]) > _hits(trained, vectors[validated], classes[validated]):
+        return refit, True
+    return trained, False
+
+
+def _hits(head: tuple[FloatArray, FloatArray], vectors: FloatArray, classes: IntArray) -> int:
+    return int(((vectors @ head[0].T + head[1]).argmax(axis=1) == classes).sum())
