@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from server.errors import UnderstudyError
+from server.errors import InputTooLong, UnderstudyError
 from trainer.curate.rows import Row
 from trainer.generation.prompts import Prompts
 
@@ -116,7 +116,7 @@ class _Reader:
         try:
             return self._prompts.prompt(row)
         except UnderstudyError as error:
-            return REFUSED if error.metadata.get("field") == "chat" and error.reason != "INPUT_TOO_LONG" else TOO_LONG
+            return TOO_LONG if isinstance(error, InputTooLong) else REFUSED
 
     def answer(self, prompt: list[int] | str, text: str) -> list[int] | str:
         if isinstance(prompt, str):

@@ -64,7 +64,7 @@ async def parity(served: ServedStudent, student: Any, prompts: Sequence[Sequence
             worst = max(worst, float(np.abs(row[ids] - got).max()))
             kl += max(0.0, float((np.exp(row[ids], dtype=np.float64) * (row[ids] - got)).sum()))
             # Torch's own choice, or one that is as likely: two equal maxima are no disagreement.
-            right += row[token] >= row.max() - EXACT
+            right += bool(row[token] >= row.max() - EXACT)
         same, total = same + right, total + len(answer)
         texts += right == len(answer)
     count = max(total, 1)
@@ -76,7 +76,7 @@ async def parity(served: ServedStudent, student: Any, prompts: Sequence[Sequence
         reason = f"{found.top1:.2%} of the greedy tokens are torch's, the KL is {found.kl:.2g}; {limits}"
     else:
         return found
-    return Parity(total, worst, found.top1, found.kl, found.same_texts, f"the exported student is not the trained one: {reason}")
+    return Parity(total, worst, found.top1, found.kl, found.same_texts, reason)
 
 
 @dataclass(slots=True)

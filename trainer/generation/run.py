@@ -32,6 +32,7 @@ from trainer.report import REJECTED, SUCCEEDED, Report, Timed
 # Held-out rows that are answered for the proof; more would say little more and take long.
 MOST_HELD_OUT = 400
 _PARITY_PROMPTS, _PARITY_TOKENS = 16, 48
+_BASE_PROMPTS, _BASE_TOKENS = 4, 12
 _RESERVE = 0.25  # of the time budget, for export and proof
 
 
@@ -65,6 +66,22 @@ def _need() -> None:
     if missing:
         message = f"Training students that write needs {', '.join(missing)}. Run: pip install 'understudy-server[trainer]'"
         raise FailedPrecondition(message, missing=",".join(missing))
+
+
+async def same_weights(config: Config, base: GeneratorBase, model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises FailedPrecondition where the torch model does not answer as the served base does: an adapter of other weights is worth
+    nothing, and hours of training would only end in a proof that fails.
+    """
+    served = await ServedStudent.open(config, Path(config.models.path), base.manifest.name, version=base.manifest.version)
+    try:
+        found = await proof.parity(served, model, prompts, _BASE_TOKENS, base.exact)
+    finally:
+        await served.close()
+    if found.reason:
+        message = f"the weights in {base.folder} are not those of the served base {base.shown}: {found.reason}."
+        raise FailedPrecondition(
+            f"{message} Set training.sources.{base.manifest.name} to the model that was pulled.", base=base.manifest.name
+        )
 
 
 @dataclass(slots=True)
@@ -106,6 +123,8 @@ class _Run:
         if present is not None and self._is_same(present, curated):
             report.state, report.reason = REJECTED, f"version {present.version} was made of the same rows. Let new traffic pass."
             return report
+        with Timed(report, "check the base"):
+            await same_weights(self._config, self._base, load_torch(self._base), [one.prompt for one in material.held_out[:_BASE_PROMPTS]])
         for method in chosen:
             context.check()
             if method != chosen[0]:
@@ -215,7 +234,8 @@ class _Run:
         judged = proof.judge(skill, rows, said, marks.acceptable)
         metrics = marks.metrics() | compared.to_json() | {"held_out_rows": float(len(held))}
         metrics |= {"local_share": judged.share, "local_accuracy": judged.delivered, "ece": judged.model.curve.ece}
-        reason = compared.reason or proof.verdict(skill, judged, marks, before)
+        apart = f"the exported student is not the trained one: {compared.reason}" if compared.reason else ""
+        reason = apart or proof.verdict(skill, judged, marks, before)
         entry |= {**marks.metrics(), "reaches": not reason, "seconds": self.report.seconds.get(f"train {recipe.method}", 0.0)}
         self._tell(marks, before, held, metrics)
         return _Trial(recipe, exported, metrics, judged.model.to_json(), entry, reason)
