@@ -1,8 +1,8 @@
 """Bars `flywheel`, `bad_teacher`, `drift`: ten days of Banking77's training texts through the whole system (bench/flywheel.py).
 
-About 1,000 requests a day, sent one by one; nobody gives a command. The teacher is a SIMULATION that answers from gold labels, right on 91 %
-of the texts. The 3,080 test texts never enter the traffic: published versions are measured on them after the last day. `bad_teacher`: from
-day 6 on the teacher is right on 50 %. `drift`: 26 of the 77 intents come from day 6 on only.
+About 1,000 requests a day, sent one by one; nobody gives a command. The teacher is a SIMULATION that answers from gold labels, right on
+91 % of the texts. The 3,080 test texts never enter the traffic: published versions are measured on them after the last day.
+`bad_teacher`: from day 6 on the teacher is right on 50 %. `drift`: 26 of the 77 intents come from day 6 on only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bench.flywheel_probe import probe
 from bench.harness import BUILD, ROOT, Row, part, row_of
 
 FLYWHEEL = (
-    "by day 10, without a human, at a SIMULATED teacher right on 91 %: >= 90 % local, callers' accuracy >= the teacher's, cost cut >= 85 %, "
-    "local p50 <= 20 ms"
+    "by day 10, without a human, at a SIMULATED teacher right on 91 %: >= 90 % local, callers' accuracy >= the teacher's, "
+    "cost cut >= 85 %, local p50 <= 20 ms"
 )
 BAD_TEACHER = (
     "the SIMULATED teacher turns bad (50 %) on day 6: the rollout notices and steps back or holds; nothing worse is put into service"

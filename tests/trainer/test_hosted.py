@@ -100,7 +100,9 @@ def fill(config: Config, rows: int = 60) -> None:
     key, log = IdKey.open(path / "id.key"), Log(table.log_folder(path, INTERACTIONS))
     for n in range(rows):
         label = "card" if n % 2 else "pin"
-        text = f"{'where is my card' if n % 2 else 'how do I change my pin'} {_word(n)} {_word(n * 7 + 3)}"
+        text = f"{'where is my card' if n % 2 else 'how do I change my pin'} {_word(n)} {_word(n * 7 + 3)}" + (
+            " ann@example.com" if n % 3 == 0 else ""
+        )
         row = {"interaction_id": key.new(), "time_ns": time.time_ns(), "skill": SKILL, "input_kind": "text", "input": text}
         more = {"teacher_label": label, "source_model": "openai/gpt-4.1", "training_allowed": n % 10 != 9, "task": "text-classification"}
         log.append([row | more])
@@ -168,6 +170,14 @@ def test_what_may_not_be_sent_is_not(paid: Vendor, tmp_path: Path) -> None:
     report = Trial(config).run()
     assert sum(count for why, count in report.dropped.items() if "training_allowed" in why) == 6
     assert report.held_out_rows > 0
+
+
+def test_personal_data_stays_here_whatever_is_configured(paid: Vendor, tmp_path: Path) -> None:
+    config = config_of(tmp_path, paid.url, '[curation]\npii = "off"')
+    fill(config)
+    Trial(config).run()
+    (sent,) = paid.files.values()
+    assert b"ann@example.com" not in sent and b"EMAIL_ADDRESS" in sent
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.core import Message, Work
+from server.core import Message
 from server.errors import InvalidArgument
-from server.routing.candidates import Brief
-from server.routing.prompting import messages_of
 from server.routing.skills import CLASSIFYING, read_skill
 from server.settings import SkillConfig
+from trainer.curate.asking import conversation
 
 if TYPE_CHECKING:
     from trainer.curate.rows import Row
 
-# Of the others a row does not keep all that the question says (a pair's halves, the language asked for).
-TASKS = (*CLASSIFYING, "text-generation", "summarization")
+# The others work on pairs, or answer with more than words.
+TASKS = (*CLASSIFYING, "text-generation", "summarization", "translation")
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,21 +42,14 @@ def write_chat(path: Path, name: str, config: SkillConfig, rows: Sequence[Row]) 
         message = f"Skills of the task {config.task} are not fine-tuned at a vendor; those of {', '.join(TASKS)} are."
         raise InvalidArgument(message, field="skill", task=config.task)
     skill = read_skill(name, config)
-    brief = Brief(skill, labels=skill.labels)
     digest = hashlib.sha256()
     counted = size = 0
     with path.open("wb") as file:
         for row in rows:
-            talk = [*messages_of(brief, _work(row)), Message("assistant", row.label or row.answer)]
+            talk = [*conversation(skill, row), Message("assistant", row.label or row.answer)]
             line = json.dumps({"messages": [{"role": m.role, "content": m.content} for m in talk]}, ensure_ascii=False).encode() + b"\n"
             file.write(line)
             digest.update(line)
             counted += len(talk)
             size += sum(len(m.content.encode()) for m in talk)
     return TrainingFile(path, digest.hexdigest(), len(rows), counted, size)
-
-
-def _work(row: Row) -> Work:
-    if row.messages:
-        return Work(messages=tuple(Message(role, content) for role, content in row.messages))
-    return Work(text=row.text)

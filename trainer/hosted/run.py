@@ -139,6 +139,7 @@ def finetune(config: Config, skill: str, context: JobContext, spec: Mapping[str,
 
 def plan(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any], now: datetime, registry: Registry) -> Plan:
     """Reads, curates and writes the training file into the job's folder; sends nothing. Raises what `finetune` raises before it sends."""
+    from trainer.curate.pii import Scrubber
     from trainer.curate.pipeline import curate
 
     name = str(spec["provider"])
@@ -151,7 +152,10 @@ def plan(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any
     price = offer.price(model, provider)
     epochs = int(spec.get("epochs") or EPOCHS)
     curated = curate(config, skill, context, registry)
-    rows = [row for row in curated.rows if not row.held_out]
+    rows = [row for row in curated.rows if not row.held_out and (row.label or row.answer)]
+    if config.curation.pii == "off":  # at home that may be right; nobody's address leaves the house
+        scrubber = Scrubber.of(config.curation.pii_entities)
+        rows = [scrubber.scrub(row)[0] for row in rows]
     _enough(config, skill, len(rows), offer, curated)
     context.folder.mkdir(parents=True, exist_ok=True)
     file = write_chat(context.folder / _FILE, skill, config.skills[skill], rows)
