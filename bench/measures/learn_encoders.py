@@ -76,9 +76,17 @@ def entities(spec: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         judged = judge.judge(place.ask("entities", judge))
     shown = {name: round(value, 4) for name, value in judged.figures.items()}
     held = report.metrics
-    ends = [round(judged.interval.low, 4), round(judged.interval.high, 4)]
+    ends = [round(judged.quality.interval.low, 4), round(judged.quality.interval.high, 4)]
     return [
-        part("WNUT17 test, entity F1, served int8", "reported", round(judged.value, 4), True, interval_95=ends, **shown, **_about(report)),
+        part(
+            "WNUT17 test, entity F1, served int8",
+            "reported",
+            round(judged.quality.value, 4),
+            True,
+            interval_95=ends,
+            **shown,
+            **_about(report),
+        ),
         part("WNUT17 held out, entity F1, torch", "reported", round(held["torch/f1"], 4), True),
         part("WNUT17 held out, entity F1, served int8", "reported", round(held["f1"], 4), True, agreement=held["parity/agreement"]),
     ]

@@ -145,7 +145,7 @@ def test_a_paired_comparison_sees_what_two_intervals_do_not() -> None:
     judge = Judge(examples.ENTITIES, rows)
     worse, better = judge.judge(one), judge.judge(other)
     difference = compared(better, worse)
-    assert difference.low > 0 and better.interval.low < worse.interval.high
+    assert difference.low > 0 and better.quality.interval.low < worse.quality.interval.high
     assert verdict(better, difference, 0.5, "s@1") == "" and "against s@1" in verdict(worse, compared(worse, better), 0.5, "s@1")
     assert "the bar 0.99" in verdict(better, None, 0.99, "")
 

@@ -25,6 +25,9 @@ class Tokens:
         manifest = source.manifest
         self.limit = min(manifest.max_tokens, MOST_TOKENS)
         self.pooling = source.pooling
+        self._inputs = {"input_ids": "ids", "attention_mask": "attention_mask"}
+        if manifest.token_types:  # others know no such input, or a single type
+            self._inputs["token_type_ids"] = "type_ids"
         self.query_prefix, self.passage_prefix = manifest.query_prefix, manifest.passage_prefix
         self._tokenizer = tokenizers.Tokenizer.from_file(str(source.tokenizer))
         self._tokenizer.no_padding()
@@ -35,14 +38,13 @@ class Tokens:
         return list(self._tokenizer.encode_batch(list(items)))
 
     def tensors(self, encodings: Sequence[Any], device: str) -> dict[str, Any]:
-        """input_ids, attention_mask and token_type_ids int64[B, L], padded with zeros that the mask hides."""
+        """input_ids, attention_mask and, where the model has them, token_type_ids int64[B, L], padded with zeros that the mask hides."""
         import torch
 
         longest = max(len(one.ids) for one in encodings)
-        rows = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        batch = {name: torch.zeros(len(encodings), longest, dtype=torch.int64) for name in rows}
+        batch = {name: torch.zeros(len(encodings), longest, dtype=torch.int64) for name in self._inputs}
         for place, one in enumerate(encodings):
-            for name, attribute in rows.items():
+            for name, attribute in self._inputs.items():
                 batch[name][place, : len(one.ids)] = torch.tensor(getattr(one, attribute), dtype=torch.int64)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -54,6 +56,7 @@ def load_model(source: Source, task: str, labels: Sequence[str], seed: int) -> A
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(seed)
@@ -67,7 +70,7 @@ def load_model(source: Source, task: str, labels: Sequence[str], seed: int) -> A
         more = {"num_labels": 1}
     try:
         return kind.from_pretrained(str(source.folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, **more)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         message = f"The base {source.base!r} cannot be loaded for {task}: {str(error)[:300]}. Take another base."
         raise FailedPrecondition(message, model=source.base) from error
 

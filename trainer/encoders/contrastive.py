@@ -3,7 +3,8 @@
 InfoNCE over in-batch negatives and hard negatives (van den Oord et al. 2018; "multiple negatives ranking", Henderson et al. 2017), with
 the cosine times 20. Hard negatives are documents that a score below 0.5 calls wrong for the query, else the base's own nearest wrong
 document, unless it is nearly as near as the right one: such are often unlabelled right ones (Moreira et al. 2024). Graded pairs of
-sentence similarity are ordered by CoSENT: no pair's cosine should pass that of a pair with a greater score (Su 2022).
+sentence similarity are ordered by CoSENT, no pair's cosine should pass that of a pair with a greater score (Su 2022), and drawn to their
+scores themselves by the squared error, for callers read the cosine as a score.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trainer.encoders.base import Tokens
 from trainer.encoders.examples import EMBEDDING, RELEVANT, Example
 
 SCALE = 20.0
-ALIKE = 0.8  # a graded pair with this score or more is a pair for InfoNCE too
+NEARNESS = 10.0  # of the squared error beside CoSENT
 NEARLY = 0.95  # a wrong document with more than this share of the right one's cosine is left alone
 _PREDICTED_AT_ONCE = 64
 _NEAREST = 20
@@ -54,16 +55,12 @@ class Embedder:
         return max(len(row.text), len(row.pair))
 
     def loss(self, batch: Sequence[Example], /) -> Any:
-        """InfoNCE of the positive pairs, and CoSENT where pairs are graded."""
+        """InfoNCE of the positive pairs; of graded pairs CoSENT and the squared error."""
         first = self._vectors([row.text for row in batch], self._query)
         second = self._vectors([row.pair for row in batch], self._passage)
         if self._task == EMBEDDING:
             return self._contrast(batch, first, second)
-        alike = [place for place, row in enumerate(batch) if row.score >= ALIKE]
-        loss = self._ordered(batch, first, second)
-        if len(alike) > 1:
-            loss = loss + self._contrast([batch[place] for place in alike], first[alike], second[alike])
-        return loss
+        return self._graded(batch, first, second)
 
     def validate(self, rows: Sequence[Example], /) -> float:
         """nDCG@10 of the rows' queries over the rows' documents; of graded pairs Spearman's correlation."""
@@ -112,7 +109,7 @@ class Embedder:
     def _contrast(self, batch: Sequence[Example], first: Any, second: Any) -> Any:
         import torch
 
-        extra = [self._wrong[row.text][0] for row in batch if row.text in self._wrong] if self._task == EMBEDDING else []
+        extra = [self._wrong[row.text][0] for row in batch if row.text in self._wrong]
         documents = [*(row.pair for row in batch), *extra]
         vectors = torch.cat([second, self._vectors(extra, self._passage)]) if extra else second
         logits = SCALE * first @ vectors.T
@@ -120,16 +117,19 @@ class Embedder:
         right = [[document in self._right.get(row.text, ()) for document in documents] for row in batch]
         other = torch.tensor(right, device=logits.device)
         other[own, own] = False  # its own document is what it should find; further right ones are no negatives
-        return torch.nn.functional.cross_entropy(logits.masked_fill(other, -1e4), own)
+        losses = torch.nn.functional.cross_entropy(logits.masked_fill(other, -1e4), own, reduction="none")
+        weights = torch.tensor([row.weight for row in batch], device=losses.device)
+        return (losses * weights).sum() / weights.sum()
 
-    def _ordered(self, batch: Sequence[Example], first: Any, second: Any) -> Any:
+    def _graded(self, batch: Sequence[Example], first: Any, second: Any) -> Any:
         import torch
 
-        cosine = SCALE * (first * second).sum(dim=1)
-        wanted = torch.tensor([row.score for row in batch], device=cosine.device)
+        cosine = (first * second).sum(dim=1)
+        wanted, weights = (torch.tensor(values, device=cosine.device) for values in zip(*((r.score, r.weight) for r in batch), strict=True))
         pairs = wanted[:, None] < wanted[None, :]
-        differences = (cosine[:, None] - cosine[None, :])[pairs]
-        return torch.logsumexp(torch.cat([differences, differences.new_zeros(1)]), dim=0)
+        differences = SCALE * (cosine[:, None] - cosine[None, :])[pairs]
+        order = torch.logsumexp(torch.cat([differences, differences.new_zeros(1)]), dim=0)
+        return order + NEARNESS * ((cosine - wanted) ** 2 * weights).sum() / weights.sum()
 
     def _vectors(self, texts: Sequence[str], prefix: str) -> Any:
         """float32[texts, H] of length 1, pooled as the server pools."""

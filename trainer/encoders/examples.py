@@ -53,13 +53,16 @@ class RowLike(Protocol):
     def rejected(self) -> str: ...
     @property
     def thumb(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a task. `pair`: the second text, or ""; `score` in [0, 1] of a pair; `spans` of a text's entities.
 
-    `rejected`: the answer that a person put down or corrected, as text; `agreed`: a person said that the answer is right.
+    `rejected`: the answer that a person put down or corrected, as text; `agreed`: a person said that the answer is right; `weight` > 0: how
+    much the row counts in training.
     """
 
     id: str
@@ -71,6 +74,7 @@ class Example:
     corrected: bool = False
     rejected: str = ""
     agreed: bool = False
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -158,7 +162,13 @@ def _entities(row: RowLike, labels: Collection[str]) -> Example | str:
     spans = read_entities(row.answer, row.text, labels)
     if isinstance(spans, str):
         return spans
-    more: dict[str, Any] = {"held_out": row.held_out, "corrected": row.corrected, "rejected": row.rejected, "agreed": row.thumb == "up"}
+    more: dict[str, Any] = {
+        "held_out": row.held_out,
+        "corrected": row.corrected,
+        "rejected": row.rejected,
+        "agreed": row.thumb == "up",
+        "weight": row.weight,
+    }
     return Example(row.interaction_id, row.text, spans=spans, **more)
 
 
@@ -175,7 +185,7 @@ def _pair(row: RowLike, task: str) -> Example | str:
             score = float(row.thumb == "up")
     if score is None:
         return NO_SCORE if row.answer.strip() else NO_ANSWER
-    more: dict[str, Any] = {"corrected": row.corrected, "rejected": row.rejected, "agreed": row.thumb == "up"}
+    more: dict[str, Any] = {"corrected": row.corrected, "rejected": row.rejected, "agreed": row.thumb == "up", "weight": row.weight}
     return Example(row.interaction_id, both[0], both[1], score, held_out=is_held_out(both[0]), **more)
 
 

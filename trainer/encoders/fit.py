@@ -131,7 +131,11 @@ class _Loop:
                 if time.monotonic() >= until:
                     state.fit.ended = "the time was up"
                     break
-                state.pending.append(self._step(batches, state.step))
+                loss = self._step(batches, state.step)
+                if not math.isfinite(loss):
+                    state.fit.ended = f"the loss of step {state.step} was not finite"
+                    break
+                state.pending.append(loss)
                 state.step += 1
                 self._note(state)
                 if time.monotonic() - saved >= self._context.checkpoint_s and state.step % self._an_epoch:
@@ -139,7 +143,7 @@ class _Loop:
                     saved = time.monotonic()
             if state.fit.ended and state.fit.validation:  # an epoch that was cut short is not judged
                 break
-            self._validate(state)
+            self._validate(state)  # without a single whole epoch there is nothing better to keep
             self._save(state)
             saved = time.monotonic()
         with _no_grad():

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from server.core import Entity, Reply
+from server.routing.rollout_agreement import agrees
 from trainer.encoders import measure
-from trainer.encoders.examples import EMBEDDING, ENTITIES, RANKING, Example, read_entities, read_score
+from trainer.encoders.examples import EMBEDDING, ENTITIES, Example, read_entities, read_score
 from trainer.encoders.measure import Interval, Statistic
 
 # How far an exported file may be from the model that was trained, by what `parity` measures.
@@ -24,19 +26,29 @@ _MIN_SAID = 20  # rows that people judged, before students are compared on them
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """`name`: the figure that the bar speaks of, in [0, 1]; `figures`: all of them; `interval` of the first."""
+class Figure:
+    """One figure in [0, 1] with its interval; `statistic` of resamples of `units` rows or queries."""
 
     name: str
     interval: Interval
-    figures: dict[str, float]
     statistic: Statistic
     units: int
 
     @property
     def value(self) -> float:
-        """The figure that the bar speaks of."""
+        """On all units."""
         return self.interval.value
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`bar`: the figure that the skill's bar speaks of, how often an answer is the wanted one as a rollout counts it (of retrieval the
+    same as `quality`); `quality`: the field's own measure of the task, by which students are compared; `figures`: all of them.
+    """
+
+    bar: Figure
+    quality: Figure
+    figures: dict[str, float]
 
 
 class Judge:
@@ -66,20 +78,31 @@ class Judge:
         if self.task == ENTITIES:
             wanted = [row.spans for row in self.rows]
             figures = measure.entity_figures(wanted, output)
-            return _judged("f1", measure.entity_statistic(wanted, output), len(self.rows), figures)
-        if self.task == EMBEDDING:
+            quality = _figure("f1", measure.entity_statistic(wanted, output), len(self.rows))
+        elif self.task == EMBEDDING:
             found = measure.ranking(self._retrieval[2], list(output))
             figures = {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
-            return _judged("ndcg_10", measure.mean_statistic(found.ndcg), len(self.queries), figures)
-        return self._scored(np.asarray(output, np.float64))
+            quality = _figure("ndcg_10", measure.mean_statistic(found.ndcg), len(self.queries))
+            return Judged(quality, quality, figures)
+        else:
+            figures, quality = self._scored(np.asarray(output, np.float64))
+        agreed = np.array([self._agrees(row, mine) for row, mine in zip(self.rows, output, strict=True)], np.float64)
+        bar = _figure("agreement", measure.mean_statistic(agreed), len(agreed))
+        return Judged(bar, quality, {**figures, "agreement": bar.value})
 
-    def _scored(self, scores: Any) -> Judged:
+    def _agrees(self, row: Example, mine: Any) -> bool:
+        """As a rollout will count it, so that it knows what to expect of the student."""
+        if self.task != ENTITIES:
+            return agrees(self.task, "", Reply(score=float(mine)), Reply(score=row.score))
+        replies = [Reply(entities=[Entity(label, 1.0, row.text[a:b], a, b) for a, b, label in spans]) for spans in (mine, row.spans)]
+        return agrees(self.task, row.text, *replies)
+
+    def _scored(self, scores: Any) -> tuple[dict[str, float], Figure]:
         wanted = [row.score for row in self.rows]
         groups = measure.groups_of(self.rows)
         statistic, units = measure.concordance_statistic(wanted, scores.tolist(), groups)
         figures = {"concordance": statistic(np.arange(units)), "spearman": measure.spearman(wanted, scores.tolist())}
-        if self.task == RANKING:
-            figures["mean_error"] = float(np.abs(scores - np.array(wanted)).mean())
+        figures["mean_error"] = float(np.abs(scores - np.array(wanted)).mean())
         if groups is not None:
             places: dict[str, list[int]] = {}
             for place, query in enumerate(groups):
@@ -87,7 +110,7 @@ class Judge:
             chosen = [rows for rows in places.values() if len(rows) > 1]
             found = measure.ranking([np.array(wanted)[rows] for rows in chosen], [scores[rows] for rows in chosen])
             figures |= {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
-        return _judged("concordance", statistic, units, figures)
+        return figures, _figure("concordance", statistic, units)
 
     def parity(self, torch_output: Any, served_output: Any) -> dict[str, float]:
         """How far the exported file answers as the torch model does: "agreement" in [0, 1], and the figures behind it."""
@@ -112,8 +135,9 @@ class Judge:
         judge = Judge(self.task, rows)
         mine = judge.judge([output[place] for place in places])
         got = judge.judge([self._delivered(row) for row in rows])
-        difference = measure.bootstrap(mine.statistic, mine.units, minus=got.statistic)
-        figures = {"rows": float(len(rows)), "delivered": got.value, "student": mine.value, "difference": difference.value}
+        difference = compared(mine, got)
+        figures = {"rows": float(len(rows)), "delivered": got.quality.value, "student": mine.quality.value}
+        figures["difference"] = difference.value
         figures |= {"difference_low": difference.low, "difference_high": difference.high}
         return {f"said/{name}": value for name, value in figures.items()}
 
@@ -126,9 +150,9 @@ class Judge:
 
 
 def compared(new: Judged, old: Judged) -> Interval:
-    """The new student's figure minus the old one's, on the same rows."""
-    assert (new.name, new.units) == (old.name, old.units)
-    return measure.bootstrap(new.statistic, new.units, minus=old.statistic)
+    """The new student's quality minus the old one's, on the same rows."""
+    assert (new.quality.name, new.quality.units) == (old.quality.name, old.quality.units)
+    return measure.bootstrap(new.quality.statistic, new.quality.units, minus=old.quality.statistic)
 
 
 def verdict(new: Judged, difference: Interval | None, bar: float, present: str) -> str:
@@ -136,15 +160,16 @@ def verdict(new: Judged, difference: Interval | None, bar: float, present: str) 
 
     The bar is held to what the held-out rows can tell: it fails where even the upper end of the interval is below.
     """
-    if new.interval.high < bar:
-        interval = f"{new.interval.low:.3f} to {new.interval.high:.3f}"
-        reached = f"its {new.name} on held-out rows is {new.value:.3f} ({interval}), the bar {bar:g}"
+    if new.bar.interval.high < bar:
+        interval = f"{new.bar.interval.low:.3f} to {new.bar.interval.high:.3f}"
+        reached = f"its {new.bar.name} on held-out rows is {new.bar.value:.3f} ({interval}), the bar {bar:g}"
         return f"{reached}. More traffic may help, or a lower deliver_bar."
     if difference is not None and difference.value < 0:
         interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
-        return f"its {new.name} is {new.value:.3f}, {difference.value:+.3f} ({interval}) against {present} on the same rows."
+        quality = new.quality
+        return f"its {quality.name} is {quality.value:.3f}, {difference.value:+.3f} ({interval}) against {present} on the same rows."
     return ""
 
 
-def _judged(name: str, statistic: Statistic, units: int, figures: dict[str, float]) -> Judged:
-    return Judged(name, measure.bootstrap(statistic, units), figures, statistic, units)
+def _figure(name: str, statistic: Statistic, units: int) -> Figure:
+    return Figure(name, measure.bootstrap(statistic, units), statistic, units)

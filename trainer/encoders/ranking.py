@@ -32,7 +32,8 @@ class CrossEncoder:
         import torch
 
         wanted = torch.tensor([row.score for row in batch], device=self._device)
-        return torch.nn.functional.binary_cross_entropy_with_logits(self._logits(batch), wanted)
+        weights = torch.tensor([row.weight for row in batch], device=self._device)
+        return torch.nn.functional.binary_cross_entropy_with_logits(self._logits(batch), wanted, weight=weights / weights.mean())
 
     def validate(self, rows: Sequence[Example], /) -> float:
         """Concordance, within queries where they have several documents, minus a hundredth of the loss, which tells equal orders apart."""

@@ -180,7 +180,7 @@ class _Run:
 
     def _train(self, tries: list[Recipe], parts: Parts, fingerprint: str) -> Trial:
         """The cheapest student that reaches the bar on the validation part, else the best."""
-        report, context = self._report, self._context
+        report, context, bar = self._report, self._context, self._settings.deliver_bar
         done: list[Trial] = []
         for number, recipe in enumerate(tries):
             context.check()
@@ -190,13 +190,14 @@ class _Run:
             with Timed(report, f"train {recipe.method}"):
                 student = Student(self._task, self._source, context, kinds_of(parts.train))
                 trial = student.train(recipe, parts.train, parts.validation, key=fingerprint, until=until)
-            reaches = trial.figure >= self._settings.deliver_bar
+            reaches = trial.judged.bar.value >= bar
             report.tried.append({**trial.tried(), "seconds": round(time.monotonic() - start, 3), "reaches": reaches})
-            context.log(f"{recipe.method}: {trial.name} {trial.figure:.4f} on the validation part after {trial.fit.steps} steps")
+            shown = ", ".join(f"{one.name} {one.value:.4f}" for one in (trial.judged.bar, trial.judged.quality))
+            context.log(f"{recipe.method}: {shown} on the validation part after {trial.fit.steps} steps")
             done.append(trial)
             if reaches or context.left_s() <= 0:
                 break
-        return max(done, key=lambda one: (one.figure >= self._settings.deliver_bar, one.figure))
+        return max(done, key=lambda one: (one.judged.bar.value >= bar, one.judged.quality.value))
 
     def _export(self, trial: Trial, parts: Parts) -> Exported | str:
         """The file in a repository of its own, or why it does not answer as the torch model."""
@@ -219,14 +220,14 @@ class _Run:
             new = judge.judge(exported.served)
             report.metrics = {**new.figures, "held_out_rows": float(len(judge.rows)), **_interval(new)}
             report.metrics |= {f"parity/{name}": value for name, value in exported.parity.items()}
-            report.metrics |= {f"torch/{new.name}": judge.judge(exported.torch).value}
+            report.metrics |= {f"torch/{new.quality.name}": judge.judge(exported.torch).quality.value}
             report.metrics |= judge.said(exported.served)
             difference = None
             if present is not None:
                 old = judge.judge(asyncio.run(served_output(self._config, self._models, present.model, present.version, judge)))
                 difference = compared(new, old)
-                report.present_accuracy = old.value
-                report.metrics |= {f"present_{new.name}": old.value, "difference": difference.value}
+                report.present_accuracy = old.bar.value
+                report.metrics |= {f"present_{old.quality.name}": old.quality.value, "difference": difference.value}
                 report.metrics |= {"difference_low": difference.low, "difference_high": difference.high}
         reason = verdict(new, difference, self._settings.deliver_bar, present.shown if present else "")
         if reason:
@@ -312,4 +313,5 @@ def _fingerprint(rows: Sequence[Example]) -> str:
 
 
 def _interval(judged: Judged) -> dict[str, float]:
-    return {judged.name: judged.value, f"{judged.name}_low": judged.interval.low, f"{judged.name}_high": judged.interval.high}
+    ends = [(one.name, one.interval) for one in (judged.bar, judged.quality)]
+    return {key: value for name, at in ends for key, value in ((f"{name}_low", at.low), (f"{name}_high", at.high))}

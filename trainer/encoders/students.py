@@ -13,7 +13,7 @@ from trainer.encoders.base import Tokens, add_lora, load_model, merged
 from trainer.encoders.contrastive import Embedder
 from trainer.encoders.examples import EMBEDDING, ENTITIES, RANKING, Example
 from trainer.encoders.fit import Fit, Recipe, device, fit
-from trainer.encoders.judge import Judge
+from trainer.encoders.judge import Judge, Judged
 from trainer.encoders.ranking import CrossEncoder
 from trainer.encoders.tagging import Tagger, token_labels
 
@@ -56,13 +56,12 @@ def _number(spec: Mapping[str, Any], name: str, most: float) -> float | None:
 
 @dataclass(slots=True)
 class Trial:
-    """A trained student. `name` and `figure`: what the bar speaks of, on the validation part."""
+    """A trained student, and how it does on the validation part."""
 
     student: Student
     recipe: Recipe
     fit: Fit
-    name: str
-    figure: float
+    judged: Judged
 
     def parameters(self) -> dict[str, Any]:
         """What it was trained with."""
@@ -70,14 +69,9 @@ class Trial:
 
     def tried(self) -> dict[str, Any]:
         """For Report.tried."""
+        found = {f"validation_{one.name}": one.value for one in (self.judged.bar, self.judged.quality)}
         curves = {"losses": self.fit.losses, "validation": self.fit.validation}
-        return {
-            "method": self.recipe.method,
-            f"validation_{self.name}": self.figure,
-            "ended": self.fit.ended,
-            **self.parameters(),
-            **curves,
-        }
+        return {**self.parameters(), **found, "ended": self.fit.ended, **curves}
 
 
 class Student:
@@ -106,8 +100,7 @@ class Student:
         found = fit(self.learner, chosen, held, recipe, self._context, key=key, until=until)
         self.learner.model = merged(self.learner.model)
         judge = Judge(self.task, held, [row.pair for row in held])
-        judged = judge.judge(self.output(judge))
-        return Trial(self, recipe, found, judged.name, judged.value)
+        return Trial(self, recipe, found, judge.judge(self.output(judge)))
 
     def output(self, judge: Judge) -> Any:
         """What the torch model answers; see trainer.encoders.judge."""

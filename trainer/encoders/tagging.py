@@ -65,7 +65,7 @@ class Tagger:
         return len(row.text)
 
     def loss(self, batch: Sequence[Example], /) -> Any:
-        """Cross entropy over the tokens of a batch."""
+        """Cross entropy over the tokens of a batch, each by its row's weight."""
         import torch
 
         encodings = self._tokens.encode([row.text for row in batch])
@@ -76,7 +76,10 @@ class Tagger:
             numbers = [_IGNORED if label is None else self._place[label] for label in labels]
             wanted[place, : len(numbers)] = torch.tensor(numbers)
         logits = self.model(**inputs).logits.float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.to(self._device).flatten(), ignore_index=_IGNORED)
+        wanted = wanted.to(self._device)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none")
+        weights = torch.tensor([row.weight for row in batch], device=self._device)[:, None] * (wanted != _IGNORED)
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def validate(self, rows: Sequence[Example], /) -> float:
         """Entity F1."""
