@@ -144,6 +144,7 @@ def _measure(folder: Path, source: Path) -> Row:
         config = _config(folder, source, json.loads(teacher.stdout.readline())["base_url"])
         with serve(folder / "models", config=config) as server:
             _record(server.address, recorded)
+            _await_rows(folder)
             with Load(server.address, probes) as load:
                 report, wall, cpu = _train(folder)
                 local = _await_takeover(load) if report["state"] == "succeeded" else 0
@@ -203,7 +204,8 @@ path = {json.dumps(str(folder / "training"))}
 [training.sources]
 {BASE} = {json.dumps(str(source))}
 [curation]
-near_duplicates = 1.0
+near_duplicates = 1.0  # sentences of one pattern that differ in a word are different rows here
+above_quality = 0.0  # the general quality model thinks little of short JSON, and the skill has no model of its own yet
 [providers.simulation]
 base_url = {json.dumps(teacher)}
 api_key_env = "SIMULATION_KEY"
@@ -231,7 +233,18 @@ def _record(address: str, rows: Sequence[tuple[str, str]]) -> None:
             for answer in client.run(SKILL, [text for text, _ in rows[start : start + 50]], timeout_s=120).items:
                 if isinstance(answer, Exception):
                     raise answer
-    time.sleep(3)  # the lake's files are written every second
+
+
+def _await_rows(folder: Path, most_s: float = 600.0) -> None:
+    """Until the lake's files have all of them."""
+    from server.config import load_config
+    from server.lake.reading import LakeReader
+
+    end, config = time.monotonic() + most_s, load_config(folder / "understudy.toml")
+    while LakeReader(config).interactions(skill=SKILL, columns=["interaction_id"]).num_rows < ROWS:
+        if time.monotonic() > end:
+            raise RuntimeError(f"after {most_s:g} s the lake has fewer than the {ROWS} rows that were recorded")
+        time.sleep(1.0)
 
 
 def _train(folder: Path) -> tuple[dict[str, Any], float, float]:

@@ -77,7 +77,7 @@ def test_a_job_publishes_what_answers_better_than_before(bases: Path, tmp_path: 
     context = job(config, tmp_path / "jobs", metric=lambda *point: curves.append(point))
     report = train(config, "kind", context, {"method": "lora", "epochs": 6.0})
     assert (report.state, report.version, report.reason, report.method) == ("succeeded", "1", "", "lora")
-    assert report.metrics["exact_match"] > 0.9
+    assert report.metrics["exact_match"] > 0.8
     assert report.metrics["parity_max_error"] <= proof.EXACT
     assert report.present_accuracy is not None
     assert report.present_accuracy < 0.2
