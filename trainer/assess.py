@@ -24,7 +24,9 @@ from server.config import Config, load_config
 from server.core import FloatArray
 from server.errors import SkillNotFound, UnderstudyError, near_names
 from server.lake.reading import LakeReader
+from server.quality.calibration import Calibration
 from server.registry.registry import Registry
+from server.runtime.adapter_folder import MANIFEST
 from server.runtime.heads import Base, Features
 from trainer.assessment import difficulty_part, evidence, quality_part, student_part
 from trainer.assessment.evidence import Judged
@@ -79,7 +81,7 @@ class _Run:
         context.check()
         with Timed(report, "difficulty"):
             report.details["difficulty"] = difficulty_part.recalibrate(self._root, self._skill, students, vectors, made_by)
-        report.details["student"] = student_part.check(judged, self._stated_ece(judged))
+        report.details["student"] = student_part.check(judged, *self._stated(judged))
         self._end()
         for line in in_words(report).splitlines():
             context.log(line)
@@ -118,13 +120,15 @@ class _Run:
             self._report.dropped["the base refuses the text"] = self._report.dropped.get("the base refuses the text", 0) + len(errors)
         return {texts[place]: vector for place, vector in zip(kept, found, strict=True)}
 
-    def _stated_ece(self, judged: Sequence[Judged]) -> float | None:
-        """What the newest student's own evaluation said."""
+    def _stated(self, judged: Sequence[Judged]) -> tuple[float | None, float]:
+        """What the newest student's manifest says: the error of its calibration, and how often its teacher is right."""
         version = next((one.version for one in reversed(judged) if one.student), "").rpartition("@")[2]
-        for adapter in self._registry.adapters(self._skill):
-            if adapter.version == version:
-                return adapter.metrics.get("ece")
-        return None
+        try:
+            manifest = json.loads((self._root / self._skill / version / MANIFEST).read_text(encoding="utf-8"))
+            said = Calibration.from_json(manifest["calibration"])
+        except (OSError, ValueError, KeyError, TypeError, UnderstudyError):  # gone, or a student without one
+            return None, 1.0
+        return said.ece, said.teacher
 
     def _end(self) -> None:
         report = self._report

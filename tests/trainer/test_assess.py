@@ -271,3 +271,9 @@ def test_the_command_runs_it_as_a_job(config: Config) -> None:
     report = json.loads(done.stdout)
     (job,) = JobStore(Registry(config.registry)).find(skill="intent")
     assert (job.kind, job.state, job.id) == ("assess", "succeeded", report["job"]) and report["details"]["student"]["state"] == "holds"
+
+
+def test_what_agrees_with_a_teacher_that_errs_is_promised_less() -> None:
+    sayings = [said(student="yes", teacher="yes" if n % 10 else "no", quality=1.0, version="s@1") for n in range(200)]
+    judged = judge(sayings, {})
+    assert check(judged, 0.02)["state"] == "drifted" and check(judged, 0.02, teacher=0.9)["state"] == "holds"

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 
 from server.quality.calibration import MIN_ROWS
-from trainer.assessment.evidence import Judged
+from trainer.assessment.evidence import TEACHER, Judged
 from trainer.assessment.figures import figures
 
 # A promise is said to have drifted where it is off by so much, and by more than chance would have it off.
 LEAST, SIGMAS = 0.03, 3.0
 
 
-def check(judged: Sequence[Judged], stated_ece: float | None) -> dict[str, Any]:
+def check(judged: Sequence[Judged], stated_ece: float | None, teacher: float = 1.0) -> dict[str, Any]:
     """Of the newest student's answers that carry a quality: what was promised on average and what was kept.
 
+    `teacher`: how often the teacher is right, as the student's calibration has it: quality is of being right, and an answer that is right
+    agrees with the teacher only where that is right too (server.quality.calibration).
     Returns "state" ("holds", "drifted" or "skipped"), "reason", "version", and where it was measured "rows", "promised", "kept", the
     figures and "stated_ece", which the student's own evaluation had.
     """
@@ -28,7 +30,7 @@ def check(judged: Sequence[Judged], stated_ece: float | None) -> dict[str, Any]:
     if len(known) < MIN_ROWS:
         reason = f"{len(known)} of the newest student's answers were compared; {MIN_ROWS} are needed"
         return {"state": "skipped", "reason": reason, "rows": len(known), "version": version}
-    qualities = np.array([one.quality for one in known], np.float32)
+    qualities = np.array([(one.quality or 0.0) * (teacher if one.by == TEACHER else 1.0) for one in known], np.float32)
     outcomes = np.array([one.ok for one in known], bool)
     seen = figures(qualities, outcomes)
     promised, kept = float(qualities.mean()), float(outcomes.mean())
