@@ -124,7 +124,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         RunServicer(router, config.server.max_items, config.routing.run_many_in_flight),
         SkillGeneration(router),
         SkillServicer(book, rollouts),
-        FeedbackServicer(lake, registry, LakeReader(config, registry)),
+        FeedbackServicer(lake, registry, LakeReader(config, registry), observer=rollouts),
         EnsembleServicer(ensembles),
         store,
         lake,

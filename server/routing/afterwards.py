@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,10 @@ from server.routing.cascade import SHADOW_S, Judge
 from server.routing.items import Item
 from server.routing.record import local_answer, shadow_row
 from server.routing.rollout_agreement import agrees
-from server.routing.rollout_book import RolloutBook, Seen
+from server.routing.rollout_book import RolloutBook
+from server.routing.rollout_live import Seen
+from server.routing.rollout_probes import Probe, Probes
+from server.routing.rollout_watch import WORDS
 from server.routing.skills import Standing
 
 _log = logging.getLogger(__name__)
@@ -48,9 +51,11 @@ class Afterwards:
         judge: Judge,
         rollouts: RolloutBook | None,
         teacher: Callable[[Brief], Candidate | None],
+        probes: Probes | None = None,
         most: int = MOST,
     ) -> None:
         self.dropped = 0
+        self._probes = probes
         self._lake = lake
         self._judge = judge
         self._rollouts = rollouts
@@ -68,14 +73,7 @@ class Afterwards:
         if not asked and all(task.done() for task in done.shadows):
             self._finish(done, drawn)
             return
-        while len(self._tasks) >= self._most:
-            oldest = next(iter(self._tasks))
-            del self._tasks[oldest]
-            oldest.cancel()
-            self.dropped += 1
-        task = asyncio.ensure_future(self._go_on(done, drawn, asked))
-        self._tasks[task] = None
-        task.add_done_callback(self._ended)
+        self._begin(self._go_on(done, drawn, asked))
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Waits for what is under way, and gives up what takes longer."""
@@ -85,6 +83,16 @@ class Afterwards:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        while len(self._tasks) >= self._most:
+            oldest = next(iter(self._tasks))
+            del self._tasks[oldest]
+            oldest.cancel()
+            self.dropped += 1
+        task = asyncio.ensure_future(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
@@ -150,6 +158,17 @@ class Afterwards:
         if self._rollouts is not None and done.standing.moves:
             for item, share in zip(done.items, drawn, strict=True):
                 self._count(done, item, share is not None)
+            signs = self._rollouts.signs(done.brief.skill.name)
+            if signs:
+                self._begin(self._look_into(done, signs))
+
+    async def _look_into(self, done: Done, signs: Sequence[str]) -> None:
+        """Says what changed, for people."""
+        assert self._rollouts is not None, "take() looks"
+        skill, version = done.brief.skill.name, done.standing.student
+        cause = await self._probes.diagnose(done.brief, version, dict.fromkeys(signs, 1)) if self._probes is not None else "unknown"
+        what = "; ".join(WORDS.get(sign, sign) for sign in signs)
+        self._rollouts.alarm(skill, version, signs, f"drift alarm: {what}. {cause}")
 
     def _count(self, done: Done, item: Item, compared: bool) -> None:
         assert self._rollouts is not None, "take() looks"
@@ -162,6 +181,8 @@ class Afterwards:
         if compared and teacher is not None:
             if mine is not None and _delivered(mine, skill.deliver_bar):
                 seen.agreed = agrees(skill.task, item.work.plain, mine.reply, teacher.reply)
+                if self._probes is not None and not item.work.messages:
+                    self._probes.keep(skill.name, standing.student, Probe(item.work, mine.reply, teacher.reply))
             if champion is not None and _delivered(champion, skill.deliver_bar):
                 seen.champion_agreed = agrees(skill.task, item.work.plain, champion.reply, teacher.reply)
         self._rollouts.saw(skill, seen)

@@ -59,7 +59,9 @@ class Past:
     worse: int = 0
     labels: Mapping[str, int] = field(default_factory=dict)
     qualities: Mapping[str, int] = field(default_factory=dict)
-    teacher_labels: Mapping[str, int] = field(default_factory=dict)
+    teacher_s: Mapping[str, int] = field(default_factory=dict)
+    thumbs_up: int = 0
+    thumbs_down: int = 0
 
     def after(self, seen: Evidence) -> Past:
         """With a stage's evidence."""
@@ -72,7 +74,9 @@ class Past:
             self.worse + seen.worse,
             _sum(self.labels, seen.labels),
             _sum(self.qualities, seen.qualities),
-            _sum(self.teacher_labels, seen.teacher_labels),
+            _sum(self.teacher_s, seen.teacher_s),
+            self.thumbs_up + seen.thumbs_up,
+            self.thumbs_down + seen.thumbs_down,
         )
 
 
@@ -82,7 +86,7 @@ class Rollout:
 
     `student` is at `stage` with `percent` of the requests; `champion` answers the others, where there is one besides; `former`: champions
     before, newest first; `refused`: rolled back, and not taken again unless told; `paused`: it stays whatever the evidence says. `epoch`
-    numbers the stages: evidence is counted by it.
+    numbers the stages: evidence is counted by it. `promises`: target and tolerance of versions that may come back.
     """
 
     stage: str = HELD
@@ -97,6 +101,7 @@ class Rollout:
     past: Past = field(default_factory=Past)
     reason: str = ""
     epoch: int = 0
+    promises: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def moving(self) -> bool:
@@ -124,6 +129,7 @@ class Rollout:
         told: Mapping[str, Any] = known.get("past", {})
         past = {name: value for name, value in told.items() if name in Past.__dataclass_fields__}
         more: dict[str, Any] = {name: tuple(known[name]) for name in ("former", "refused") if name in known}
+        more["promises"] = {version: (float(one), float(two)) for version, (one, two) in known.get("promises", {}).items()}
         return cls(**{**known, "past": Past(**past), **more})
 
 
@@ -144,10 +150,9 @@ class Verdict:
 
 def begin(now: Rollout, version: str, target: float, tolerance: float, reason: str) -> Rollout:
     """A new version starts in the shadow; whoever is at full goes on as the champion. A student that was on its way is dropped."""
-    champion = now.serving
-    return replace(
-        _next(now, SHADOW, 0, reason), student=version, champion=champion, target=target, tolerance=tolerance, past=Past(), paused=False
-    )
+    after = replace(_next(now, SHADOW, 0, reason), student=version, champion=now.serving, past=Past(), paused=False)
+    promises = {one: now.promises[one] for one in after.versions if one in now.promises} | {version: (target, tolerance)}
+    return replace(after, target=target, tolerance=tolerance, promises=promises)
 
 
 def promote(now: Rollout, seen: Evidence, reason: str) -> Rollout:
@@ -170,7 +175,16 @@ def roll_back(now: Rollout, reason: str) -> Rollout:
     after = replace(_next(now, ROLLED_BACK, 0, reason), champion="", former=former, refused=refused, paused=False)
     if not back:
         return after
-    return replace(after, stage=FULL, percent=100, student=back, past=Past(), target=0.0, tolerance=0.0)
+    target, tolerance = now.promises.get(back, (0.0, 0.0))
+    return replace(after, stage=FULL, percent=100, student=back, past=Past(), target=target, tolerance=tolerance)
+
+
+def drop_champion(now: Rollout, reason: str) -> Rollout:
+    """The champion goes while a student is on its way, and the teacher answers for it; the student's stage goes on as it was."""
+    assert now.moving and now.champion, "nobody else answers"
+    refused = (*(one for one in now.refused if one != now.champion), now.champion)[-_MOST_REFUSED:]
+    former = tuple(one for one in now.former if one != now.champion)
+    return replace(now, champion="", former=former, refused=refused, reason=reason)
 
 
 def hold(now: Rollout, reason: str) -> Rollout:
@@ -216,6 +230,19 @@ def alarming(now: Rollout, seen: Evidence, rules: Rules) -> str:
         return ""
     say = _Words(now, now.past.compared + seen.compared, now.past.agreed + seen.agreed)
     return _failing(now, seen, rules) or _worse_than_promised(now, seen, rules, say) or _worse_than_champion(now, seen, rules)
+
+
+def champion_alarming(now: Rollout, seen: Evidence, rules: Rules) -> str:
+    """Why the champion beside a student that is on its way goes, or ""."""
+    target, tolerance = now.promises.get(now.champion, (0.0, 0.0))
+    if not now.moving or not now.champion or target <= 0.0:
+        return ""
+    least = max(target - tolerance, 0.0)
+    late = evidence_of_change([(n, s) for _, n, s in seen.champion_blocks], least, seen.champion_forgotten)
+    if late < 1.0 / (_OF_AGREEMENT * rules.alpha):
+        return ""
+    n, s = sum(block[1] for block in seen.champion_blocks[-8:]), sum(block[2] for block in seen.champion_blocks[-8:])
+    return f"the champion agrees with its teacher less than {least:.3f}: of the last {n} comparisons in {s}"
 
 
 def floor(now: Rollout) -> float:

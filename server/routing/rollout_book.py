@@ -11,25 +11,22 @@ import asyncio
 import json
 import random
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from server.errors import FailedPrecondition, InvalidArgument, Unavailable
 from server.logs import get
 from server.registry.rollouts import CHALLENGER, CHAMPION, SHADOW, Change, RolloutEvent, RolloutTable, StoredRollout, shown
 from server.routing import rollout as machine
-from server.routing.candidates import Answer, Failure
-from server.routing.items import Item
 from server.routing.rollout import AUTO, Rollout, Verdict
 from server.routing.rollout_evidence import Evidence, total
+from server.routing.rollout_live import Live, Seen
+from server.routing.rollout_watch import AGREEMENT
 from server.routing.skills import Skill, SkillBook, Standing, Student, Students, student_of
 from server.settings import RolloutConfig
 
-# Comparisons that follow one in which the student disagreed, all of them: a student that went bad is found out in those.
-BURST = 6
 # The most that a target's own sampling error may add to the margin.
 _MOST_ERROR = 0.05
 _FROZEN = "the registry does not answer: the rollout stays where it is"
@@ -41,40 +38,6 @@ class Counters(Protocol):
     def rollout(self, skill: str, percent: int, step: str) -> None:
         """A skill's rollout took a step, after which its student has so many percent of the requests."""
         ...
-
-
-@dataclass(slots=True)
-class Live:
-    """A skill's rollout as this server knows it. `mine`: what it saw in this stage; `others`: what the other servers wrote of it."""
-
-    rollout: Rollout = field(default_factory=Rollout)
-    revision: int = 0
-    mine: Evidence = field(default_factory=Evidence)
-    others: Evidence = field(default_factory=Evidence)
-    dirty: bool = False
-    burst: int = 0
-    suspended: str = ""  # why the student is not asked until the step that takes it back is written
-    note: str = ""
-
-    def seen(self) -> Evidence:
-        """Of all servers."""
-        return total((self.others, self.mine)) if self.others.requests or self.others.compared else self.mine
-
-
-@dataclass(slots=True)
-class Seen:
-    """What became of one item: the answers of the rollout's student and of the teacher, where they were asked.
-
-    `agreed`: whether the student's answer is the teacher's, None where it would not be delivered or is not counted; of the champion too.
-    """
-
-    item: Item
-    version: str
-    mine: Answer | None
-    failure: Failure | None
-    teacher: Answer | None
-    agreed: bool | None = None
-    champion_agreed: bool | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -117,6 +80,7 @@ class RolloutBook:
         self._task: asyncio.Task[None] | None = None
         self._polling = asyncio.Lock()
         self._log = get("rollout")
+        self._alarms: list[tuple[str, str, str, str, dict[str, object]]] = []
         self.frozen = ""
 
     def of(self, skills: SkillBook) -> None:
@@ -131,31 +95,23 @@ class RolloutBook:
         if live is None:
             return Standing("held", moves=True)
         now = live.rollout
+        champion = "" if live.champion_suspended else now.champion
         if live.suspended:
-            return Standing("full" if now.champion else "rolled_back", 100 if now.champion else 0, now.champion, moves=True)
-        return Standing(now.stage, now.percent, now.student, now.champion, moves=True)
+            return Standing("full" if champion else "rolled_back", 100 if champion else 0, champion, moves=True)
+        return Standing(now.stage, now.percent, now.student, champion, moves=True)
 
     def teacher_share(self, skill: str) -> float:
         """Share of the answers that students deliver for which the teacher is asked too, now."""
         live = self._live.get(skill)
-        if live is None or live.suspended:
-            return 0.0
-        now, config = live.rollout, self.config
-        if live.burst > 0:
-            return 1.0
-        if now.moving and now.percent < 80:
-            return config.canary_share
-        if now.stage == machine.FULL and live.mine.requests < config.first_requests:
-            return max(config.teacher_share, config.first_share)
-        return config.teacher_share
+        return 0.0 if live is None else live.share()
 
     def draw(self, skill: str) -> tuple[bool, float]:
         """Whether the teacher is asked beside an answer that a student delivers, and with what probability that was drawn."""
-        share = self.teacher_share(skill)
-        drawn = share > 0 and self._random.random() < share
         live = self._live.get(skill)
-        if drawn and live is not None and live.burst > 0:
-            live.burst -= 1
+        share = 0.0 if live is None else live.share()
+        drawn = share > 0 and self._random.random() < share
+        if drawn and live is not None:
+            live.drawn()
         return drawn, share
 
     def wants(self, skill: str, version: str) -> bool:
@@ -172,41 +128,41 @@ class RolloutBook:
     def saw(self, skill: Skill, seen: Seen) -> None:
         """One item, once all that was asked for it has come."""
         live = self._live.get(skill.name)
-        if live is None or live.rollout.student != seen.version or live.suspended:
-            return
-        mine, now_ms = live.mine, time.time_ns() // 1_000_000
-        mine.requests += 1
-        live.dirty = True
-        if seen.teacher is not None:
-            mine.teacher_said(_label(seen.teacher), seen.teacher.elapsed_s)
-        worse = False
-        if seen.mine is not None:
-            quality, seconds = seen.mine.quality, seen.mine.elapsed_s
-            limit = machine.slow_after_s(mine.teacher_s, self.config.max_latency_ratio)
-            slow = limit is not None and seconds > limit
-            below = quality is not None and quality < skill.deliver_bar
-            mine.answer(slow=slow, below=below, seconds=seconds, now_ms=now_ms)
-            mine.say(_label(seen.mine), quality)
-            worse = slow
-        elif seen.failure is not None and not seen.failure.skipped and not isinstance(seen.failure.error, InvalidArgument):
-            mine.answer(failed=True, now_ms=now_ms)
-            worse = True
-        if seen.agreed is not None:
-            mine.compare(seen.agreed, now_ms, seen.champion_agreed)
-            if not seen.agreed:
-                live.burst, worse = BURST, True
-        if worse:
-            self._look_at_once(skill.name, live)
+        if live is not None and live.saw(skill, seen):
+            self._suspended(skill.name, live)
 
-    def _look_at_once(self, skill: str, live: Live) -> None:
-        """A student that is found to be bad is not asked again, before any database knows."""
-        if live.rollout.paused:
+    def signs(self, skill: str) -> tuple[str, ...]:
+        """Kinds of changes that were seen since the last call, for whoever looks into them."""
+        live = self._live.get(skill)
+        if live is None or not live.signs:
+            return ()
+        found, live.signs = tuple(dict.fromkeys(live.signs)), []
+        return found
+
+    def alarm(self, skill: str, version: str, kinds: Sequence[str], words: str) -> None:
+        """Something changed: it is logged, shown, and written into the audit trail with the next look."""
+        live = self._live.get(skill)
+        if live is None:
             return
-        why = machine.alarming(live.rollout, live.seen(), self.config)
-        if why:
-            live.suspended = why
-            self._log.warning("student suspended", skill=skill, student=live.rollout.student, reason=why)
-            self._wake.set()
+        live.alarm(words)
+        stage = shown(live.rollout.stage, live.rollout.percent)
+        self._alarms.append((skill, stage, version, words, {"signs": list(kinds), "requests": live.mine.requests}))
+        self._log.warning("rollout alarm", skill=skill, student=version, alarm=words)
+        self._wake.set()
+
+    def feedback_kept(self, interaction_id: str, *, rating: int | None, thumb: str | None, correction: str | None) -> None:
+        """See server.api.feedback.FeedbackObserver. A rating of 1 or 2 is a thumb down, of 4 or 5 one up."""
+        up = thumb == "up" if thumb else None if rating is None or rating == 3 else rating > 3
+        for name, live in self._live.items():
+            if live.feedback(interaction_id, up, correction):
+                self._suspended(name, live)
+
+    def _suspended(self, skill: str, live: Live) -> None:
+        why = live.suspended or live.champion_suspended
+        student = live.rollout.student if live.suspended else live.rollout.champion
+        self._log.warning("student suspended", skill=skill, student=student, reason=why)
+        live.signs.append(AGREEMENT)
+        self._wake.set()
 
     # The loop.
 
@@ -252,6 +208,10 @@ class RolloutBook:
             rows, others = await asyncio.to_thread(self._exchange, mine, frozenset(names))
             for name in names:
                 self._adopt(name, rows.get(name), others.get(name))
+            while self._alarms:
+                skill, stage, version, words, evidence = self._alarms[0]
+                await asyncio.to_thread(self._table.note, skill, AUTO, stage, version, words, evidence)
+                self._alarms.pop(0)
             for name in names:
                 change = self._decide(name)
                 if change is not None and await asyncio.to_thread(self._table.change, change):
@@ -284,19 +244,11 @@ class RolloutBook:
         return rows, others
 
     def _adopt(self, name: str, row: StoredRollout | None, others: tuple[int, list[Evidence]] | None) -> None:
-        live = self._live.setdefault(name, Live())
+        live = self._live.setdefault(name, Live(self.config))
         if row is not None and row.revision != live.revision:
-            self._become(name, live, Rollout.from_json(row.state), row.revision)
+            live.become(Rollout.from_json(row.state), row.revision)
         if others is not None and others[0] == live.rollout.epoch:
             live.others = total(others[1])
-
-    def _become(self, name: str, live: Live, rollout: Rollout, revision: int) -> None:
-        """The rollout as it is from now on. A new stage is counted anew."""
-        if rollout.epoch != live.rollout.epoch or rollout.student != live.rollout.student:
-            live.mine, live.others, live.dirty, live.burst, live.suspended = Evidence(), Evidence(), False, 0, ""
-        if rollout.paused:
-            live.suspended = ""
-        live.rollout, live.revision = rollout, revision
 
     # Steps.
 
@@ -306,6 +258,8 @@ class RolloutBook:
         now, seen = live.rollout, live.seen()
         if live.suspended:
             return self._change(name, machine.roll_back(now, live.suspended), AUTO, live.suspended, seen)
+        if live.champion_suspended and now.champion:
+            return self._change(name, machine.drop_champion(now, live.champion_suspended), AUTO, live.champion_suspended, seen)
         if now.paused:
             return None
         newest = self._newest(name, now)
@@ -314,7 +268,6 @@ class RolloutBook:
             target, tolerance = promised(newest, self._book.get(name).deliver_bar, self.config.margin)
             return self._change(name, machine.begin(now, newest.version, target, tolerance, reason), AUTO, reason, seen)
         verdict = machine.judge(now, seen, self.config)
-        live.note = verdict.reason
         if verdict.step == "promote":
             return self._change(name, machine.promote(now, seen, verdict.reason), AUTO, verdict.reason, seen, verdict)
         if verdict.step == "rollback":
@@ -322,8 +275,12 @@ class RolloutBook:
         return None
 
     def _newest(self, name: str, now: Rollout) -> Student | None:
-        """The newest version that may answer, where it is newer than all that were there."""
+        """The newest version that may answer, where it is newer than all that were there. It waits while another is in its canary: else
+        one that is trained every night would keep all from ever getting through.
+        """
         assert self._book is not None, "of() comes first"
+        if now.stage == machine.CANARY:
+            return None
         known = [int(one) for one in (now.student, now.champion, *now.former, *now.refused) if one]
         for version, made in self._students.ready(name).items():
             if known and int(version) <= max(known):
@@ -351,8 +308,7 @@ class RolloutBook:
     def _took(self, name: str, change: Change) -> None:
         live = self._live[name]
         before = live.rollout
-        self._become(name, live, Rollout.from_json(change.row.state), change.row.revision)
-        live.note = change.reason
+        live.become(Rollout.from_json(change.row.state), change.row.revision)
         now = live.rollout
         step = "rolled_back" if len(now.refused) > len(before.refused) else shown(now.stage, now.percent)
         level = self._log.warning if step == "rolled_back" else self._log.info
@@ -415,10 +371,10 @@ class RolloutBook:
     def report(self, name: str) -> Report:
         """Where a rollout is. Raises SkillNotFound, and FailedPrecondition where it does not move by itself."""
         self._check_rolls(name)
-        live = self._live.get(name) or Live()
+        live = self._live.get(name) or Live(self.config)
         seen = live.seen()
         verdict = machine.judge(live.rollout, seen, self.config)
-        return Report(name, live.rollout, verdict, seen, self.teacher_share(name), self.frozen)
+        return Report(name, live.rollout, verdict, seen, self.teacher_share(name), self.frozen, tuple(live.alarms))
 
     async def events(self, name: str, most: int, after: tuple[int, str] | None = None) -> list[RolloutEvent]:
         """A skill's steps, newest first. Raises SkillNotFound, Unavailable."""
@@ -437,10 +393,6 @@ class RolloutBook:
             )
             why = "student_model answers for it" if skill.student_model else why
             raise FailedPrecondition(f"The rollout of {name!r} does not move by itself: {why}.", skill=name)
-
-
-def _label(answer: Answer) -> str | None:
-    return answer.reply.labels[0].name if answer.reply.labels else None
 
 
 def promised(student: Student, bar: float, margin: float) -> tuple[float, float]:

@@ -24,9 +24,8 @@ class Evidence:
     `compared` of the student's answers that would be delivered had the teacher's beside them, `agreed` were the same. `blocks`: the newest
     comparisons in stretches [time_ms, compared, agreed]; `forgotten` older stretches were dropped. `better` and `worse`: compared answers
     in which the student agreed with the teacher and the champion did not, and the other way round. `answers` were asked of the
-    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `labels`, `qualities`
-    and `teacher_labels` count what was said. `repeats` and `student_repeats`: [times that a text came again, times that the answer was the
-    same].
+    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `champion_blocks` are of
+    the champion beside it. `labels` and `qualities` count what the student said, and how sure it was.
     """
 
     requests: int = 0
@@ -44,14 +43,13 @@ class Evidence:
     stretches_forgotten: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     qualities: dict[str, int] = field(default_factory=dict)
-    teacher_labels: dict[str, int] = field(default_factory=dict)
     student_s: dict[str, int] = field(default_factory=dict)
     teacher_s: dict[str, int] = field(default_factory=dict)
     thumbs_up: int = 0
     thumbs_down: int = 0
     corrections: int = 0
-    repeats: list[int] = field(default_factory=lambda: [0, 0])
-    student_repeats: list[int] = field(default_factory=lambda: [0, 0])
+    champion_blocks: list[list[int]] = field(default_factory=list)
+    champion_forgotten: int = 0
 
     def compare(self, agreed: bool, now_ms: int = 0, champion_agreed: bool | None = None) -> None:
         """Counts an answer that would be delivered and the teacher's beside it."""
@@ -60,13 +58,11 @@ class Evidence:
         if champion_agreed is not None and champion_agreed != agreed:
             self.better += agreed
             self.worse += not agreed
-        if not self.blocks or self.blocks[-1][1] >= BLOCK:
-            self.blocks.append([now_ms, 0, 0])
-            if len(self.blocks) > MOST_BLOCKS:
-                del self.blocks[0]
-                self.forgotten += 1
-        self.blocks[-1][1] += 1
-        self.blocks[-1][2] += agreed
+        self.forgotten += _add(self.blocks, agreed, now_ms)
+
+    def compare_champion(self, agreed: bool, now_ms: int = 0) -> None:
+        """The same of the champion's answer."""
+        self.champion_forgotten += _add(self.champion_blocks, agreed, now_ms)
 
     def correct(self, agreed: bool) -> None:
         """A person says that a comparison counted was the other way round; `agreed`: what holds now. Which stretch it was in is not known:
@@ -105,16 +101,18 @@ class Evidence:
         if quality is not None:
             _count(self.qualities, str(min(int(quality * 10), 9)))
 
-    def teacher_said(self, label: str | None, seconds: float | None = None) -> None:
-        """Counts what the teacher said."""
-        if label is not None:
-            _count(self.teacher_labels, label)
-        if seconds is not None:
-            _count(self.teacher_s, str(latency_class(seconds)))
+    def teacher_took(self, seconds: float) -> None:
+        """Counts how long the teacher took."""
+        _count(self.teacher_s, str(latency_class(seconds)))
+
+    def thumb(self, up: bool) -> None:
+        """Counts a thumb for an answer of the student."""
+        self.thumbs_up += up
+        self.thumbs_down += not up
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without what is empty."""
-        return {name: value for name in _NAMES if (value := getattr(self, name)) and value != [0, 0]}
+        return {name: value for name in _NAMES if (value := getattr(self, name))}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
@@ -124,7 +122,8 @@ class Evidence:
 
 _NAMES = tuple(Evidence.__dataclass_fields__)
 _NUMBERS = tuple(name for name, one in Evidence.__dataclass_fields__.items() if one.type == "int")
-_COUNTS = ("labels", "qualities", "teacher_labels", "student_s", "teacher_s")
+_COUNTS = ("labels", "qualities", "student_s", "teacher_s")
+_STRETCHES = ("blocks", "stretches", "champion_blocks")
 
 
 def total(parts: Iterable[Evidence]) -> Evidence:
@@ -137,13 +136,10 @@ def total(parts: Iterable[Evidence]) -> Evidence:
             counts = getattr(whole, name)
             for key, count in getattr(part, name).items():
                 counts[key] = counts.get(key, 0) + count
-        for name in ("repeats", "student_repeats"):
-            mine, theirs = getattr(whole, name), getattr(part, name)
-            setattr(whole, name, [mine[0] + theirs[0], mine[1] + theirs[1]])
-        whole.blocks += [list(block) for block in part.blocks]
-        whole.stretches += [list(stretch) for stretch in part.stretches]
-    whole.blocks.sort(key=_time)
-    whole.stretches.sort(key=_time)
+        for name in _STRETCHES:
+            getattr(whole, name).extend(list(stretch) for stretch in getattr(part, name))
+    for name in _STRETCHES:
+        getattr(whole, name).sort(key=_time)
     return whole
 
 
@@ -171,6 +167,19 @@ def _count(counts: dict[str, int], key: str) -> None:
     if key not in counts and len(counts) >= _MOST_LABELS:
         key = OTHER
     counts[key] = counts.get(key, 0) + 1
+
+
+def _add(blocks: list[list[int]], agreed: bool, now_ms: int) -> int:
+    """Counts a comparison in the newest stretch, or in a new one; returns how many stretches were forgotten for it."""
+    forgotten = 0
+    if not blocks or blocks[-1][1] >= BLOCK:
+        blocks.append([now_ms, 0, 0])
+        if len(blocks) > MOST_BLOCKS:
+            del blocks[0]
+            forgotten = 1
+    blocks[-1][1] += 1
+    blocks[-1][2] += agreed
+    return forgotten
 
 
 def _time(stretch: list[int]) -> int:

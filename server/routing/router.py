@@ -21,6 +21,7 @@ from server.routing.cascade import Cascade, Judge
 from server.routing.items import Item, Place
 from server.routing.record import row
 from server.routing.rollout_book import RolloutBook
+from server.routing.rollout_probes import Probes
 from server.routing.routes import RouteParts, Routes
 from server.routing.streaming import StreamedCascade
 
@@ -60,7 +61,7 @@ class Router:
         hold_tokens: int = 24,
     ) -> None:
         self.skills = parts.skills
-        self.afterwards = Afterwards(lake, judge, rollouts, self._teacher)
+        self.afterwards = Afterwards(lake, judge, rollouts, self._teacher, Probes(self._student, self._teacher))
         self.routes = Routes(parts)
         self._lake = lake
         self._judge = judge
@@ -159,6 +160,9 @@ class Router:
     def _cascade(self, brief: Brief, limits: Limits, call: Call, timings: Timings) -> Cascade:
         limit = limits.max_cost_micro_usd if limits.max_cost_micro_usd is not None else brief.skill.max_cost_micro_usd
         return Cascade(brief, self._judge, call, timings, limit)
+
+    def _student(self, brief: Brief, version: str) -> Candidate | None:
+        return self.routes.student(brief, version)
 
     def _teacher(self, brief: Brief) -> Candidate | None:
         return self.routes.teacher(brief)

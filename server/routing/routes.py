@@ -196,6 +196,11 @@ class Routes:
             return GeneratorCandidate(model, self._parts.runtime, brief, self._parts.paces)
         return EncoderCandidate(model, task, self._parts.runtime, brief, self._parts.paces)
 
+    def student(self, brief: Brief, version: str) -> Candidate | None:
+        """A version of the skill's student, None where it is not at hand or may not answer."""
+        student = self._parts.skills.student(brief.skill.name, version)
+        return None if student is None or student.held else candidate_of(student, brief, self._parts.runtime, self._parts.paces)
+
     def teacher(self, brief: Brief) -> Candidate | None:
         """Whoever sets the skill's standard, to be asked for comparison; None where nobody does."""
         model = brief.skill.teacher

@@ -1,0 +1,87 @@
+"""Old inputs with what student and teacher said to them. Where something changed, both are asked again: that tells which of them did."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from server.core import Call, Priority, Reply, Timings, Work
+from server.routing.candidates import Allowance, Answer, Brief, Candidate
+from server.routing.rollout_agreement import agrees
+from server.routing.rollout_watch import cause
+
+_KEPT = 16  # and so many answers of the teacher a question costs
+_LONGEST_S = 30.0
+_MOST_BYTES = 8192
+
+
+@dataclass(slots=True, frozen=True)
+class Probe:
+    """An input, and the answers that it had."""
+
+    work: Work
+    mine: Reply
+    teacher: Reply
+
+
+class Probes:
+    """Some for each student, drawn evenly from the answers that were compared first; in memory alone. `students` and `teacher` make
+    candidates, None where there is none.
+    """
+
+    def __init__(
+        self, students: Callable[[Brief, str], Candidate | None], teacher: Callable[[Brief], Candidate | None], first: int = 400
+    ) -> None:
+        self._students = students
+        self._teacher = teacher
+        self._first = first  # so many compared answers are drawn from: later ones may be of changed times
+        self._kept: dict[tuple[str, str], list[Probe]] = {}
+        self._seen: dict[tuple[str, str], int] = {}
+        self._random = random.Random(0)
+
+    def keep(self, skill: str, version: str, probe: Probe) -> None:
+        """Reservoir sampling (Vitter 1985)."""
+        key = (skill, version)
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        if seen > self._first or len(probe.work.plain.encode()) > _MOST_BYTES:
+            return
+        kept = self._kept.setdefault(key, [])
+        if len(kept) < _KEPT:
+            kept.append(probe)
+        elif (place := self._random.randrange(seen)) < _KEPT:
+            kept[place] = probe
+
+    def forget(self, skill: str, versions: Sequence[str]) -> None:
+        """Keeps none but those of `versions`."""
+        for key in [key for key in self._kept if key[0] == skill and key[1] not in versions]:
+            del self._kept[key]
+            self._seen.pop(key, None)
+
+    async def diagnose(self, brief: Brief, version: str, signs: Mapping[str, int]) -> str:
+        """What changed, in words; see rollout_watch.cause."""
+        probes = list(self._kept.get((brief.skill.name, version), ()))
+        student, teacher = self._students(brief, version), self._teacher(brief)
+        mine = await _ask(student, probes)
+        same = sum(
+            agrees(brief.skill.task, one.work.plain, mine[place].reply, one.mine) for place, one in enumerate(probes) if place in mine
+        )
+        if student is not None and probes and len(probes) - same > max(1, len(probes) // 5):
+            return cause(same, len(probes), len(probes), signs)  # no need to pay for the teacher's answers
+        theirs = await _ask(teacher, probes)
+        places = [place for place in range(len(probes)) if place in mine and place in theirs]
+        same = sum(agrees(brief.skill.task, probes[p].work.plain, mine[p].reply, probes[p].mine) for p in places)
+        taught = sum(agrees(brief.skill.task, probes[p].work.plain, theirs[p].reply, probes[p].teacher) for p in places)
+        return cause(same, taught, len(places), signs)
+
+
+async def _ask(candidate: Candidate | None, probes: Sequence[Probe]) -> dict[int, Answer]:
+    if candidate is None or not probes or candidate.closed():
+        return {}
+    call = Call("rollout", time.monotonic() + _LONGEST_S, Priority.BULK)
+    found: dict[int, Answer] = {}
+    async for index, answer in candidate.answers([one.work for one in probes], call, Timings(), Allowance(None, call.deadline)):
+        if isinstance(answer, Answer):
+            found[index] = answer
+    return found
