@@ -218,7 +218,7 @@ def test_what_cannot_be_trained_says_how_to_mend_it(bases: Path, tmp_path: Path,
     fill(tmp_path / "lake", texts(40))
     with pytest.raises(TooLittleData, match="60 are needed") as little:
         train(config, "kind", job(config, tmp_path / "jobs"), {})
-    assert (little.value.metadata["rows"], little.value.metadata["minimum"]) == (40, 60)
+    assert (little.value.metadata["rows"], little.value.metadata["minimum"]) == ("40", "60")
     with pytest.raises(InvalidArgument, match="expected auto, lora, full, prefix, prompt"):
         train(config, "kind", job(config, tmp_path / "jobs"), {"method": "qlora"})
     with pytest.raises(InvalidArgument, match=r"adapter_rank 16.*Lower it"):

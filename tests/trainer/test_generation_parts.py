@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.core import Message, Work
+from server.config import RuntimeConfig
+from server.core import Call, Message, Work
 from server.errors import InvalidArgument
 from server.routing.candidates import Brief
 from server.routing.local_model import GeneratorCandidate
@@ -52,7 +53,7 @@ async def test_training_sees_the_tokens_that_the_server_runs(models: Path, base:
     prompts = Prompts(SKILL, files)
     one = row("where is my card", messages=(("user", "where is my card"), ("assistant", "a card?"), ("user", "you are helpful")))
     two = row("the weather is a user <|im_end|>")
-    runtime = Runtime(Repository(models), make_loader(_runtime_config(), NullObserver()))
+    runtime = Runtime(Repository(models), make_loader(RuntimeConfig(), NullObserver()))
     await runtime.load(base)
     seen: list[list[int]] = []
     with runtime.use_generator(base) as model:
@@ -67,23 +68,11 @@ async def test_training_sees_the_tokens_that_the_server_runs(models: Path, base:
         for asked in (one, two):
             work = work_of(asked)
             request = candidate._request(model, messages_of(Brief(SKILL), work), None)
-            generation = await model.generate(request, _call())
+            generation = await model.generate(request, Call("test"))
             generation.cancel()
     await runtime.close(drain=False)
     assert seen == [prompts.prompt(one), prompts.prompt(two)]
     assert prompts.chats == (base == BASE)
-
-
-def _runtime_config() -> object:
-    from server.config import RuntimeConfig
-
-    return RuntimeConfig()
-
-
-def _call() -> object:
-    from server.core import Call
-
-    return Call("test")
 
 
 def test_an_answer_is_its_tokens_and_the_end_of_the_turn(models: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def exact_share(student: Any, rows: Sequence[Example], batch: int = 16) -> float
 
 
 def _run(student: Any, material: Material, recipe: Recipe, context: JobContext, tokenizer: Path, reserve_s: float) -> Tuned:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, PrinterCallback
+
+    datasets: Any = import_module("datasets")
 
     words = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
     words.eos_token = words.pad_token = words.convert_ids_to_tokens(0)  # only asked for by name: our rows are tokens already
@@ -70,10 +72,16 @@ def _run(student: Any, material: Material, recipe: Recipe, context: JobContext, 
     kind, made = _trainer(recipe.preference)
     more: dict[str, Any] = {"eval_strategy": "no", "learning_rate": recipe.rate * _RATE, "beta": BETA, "max_length": None}
     args = arguments(recipe, folder / "checkpoints", steps, kind, gradient_checkpointing=False, **more)
+    trainer: Any = None
     watch = Watch(context, folder, recipe.preference, lambda: weights_of(trainer), recipe.patience, reserve_s)
     reference = copy.deepcopy(student) if recipe.method == "full" else None
     trainer = made(
-        model=student, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=words, callbacks=[watch]
+        model=student,
+        ref_model=reference,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=words,
+        callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
     resume = last_checkpoint(folder / "checkpoints")
@@ -87,18 +95,14 @@ def _run(student: Any, material: Material, recipe: Recipe, context: JobContext, 
 
 def _trainer(preference: str) -> tuple[Any, Any]:
     """Configuration and trainer of TRL, which takes our rows as they are: they were made by the server's own template and tokenizer."""
-    if preference == "dpo":
-        from trl import DPOConfig as Config
-        from trl import DPOTrainer as Base
-    else:
-        from trl import KTOConfig as Config  # type: ignore[assignment]
-        from trl import KTOTrainer as Base  # type: ignore[assignment]
+    trl: Any = import_module("trl")  # which names what it has at run time alone
+    config, base = (trl.DPOConfig, trl.DPOTrainer) if preference == "dpo" else (trl.KTOConfig, trl.KTOTrainer)
 
-    class Ours(Base):  # type: ignore[misc,valid-type]
+    class Ours(base):  # type: ignore[misc,valid-type]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    return Config, Ours
+    return config, Ours
 
 
 def _pairs(material: Material) -> list[dict[str, Any]]:

@@ -91,10 +91,10 @@ class Marks:
 
     def metrics(self) -> dict[str, float]:
         """Means."""
-        found = {"exact_match": self.exact, "acceptable": self.acceptable, "token_f1": self.f1}
+        found = {"exact_match": self.exact.mean(), "acceptable": self.acceptable.mean(), "token_f1": self.f1.mean()}
         if self.valid is not None:
-            found["schema_valid"] = self.valid
-        return {name: float(np.mean(values)) for name, values in found.items()} | {"failed": sum(self.errors.values()) / len(self.exact)}
+            found["schema_valid"] = self.valid.mean()
+        return {name: float(value) for name, value in found.items()} | {"failed": sum(self.errors.values()) / len(self.exact)}
 
 
 def mark(skill: Skill, said: Sequence[Said], wanted: Sequence[str]) -> Marks:

@@ -12,6 +12,7 @@ METHODS = ("lora", "full", "prefix", "prompt")
 # Enough opinions for a preference stage; fewer say more of who gave them than of the task.
 MIN_PREFERENCES = 50
 _LADDER = ("lora", "full")
+POSITIONS = 16  # of prefix and prompt tuning
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,7 +24,7 @@ class Recipe:
 
     method: str
     rank: int = 16
-    positions: int = 16
+    positions: int = POSITIONS
     rate: float = 1e-3
     epochs: float = 6.0
     batch: int = 16

@@ -25,7 +25,7 @@ from trainer.generation.base import GeneratorBase, load_torch, open_base
 from trainer.generation.dataset import rows_of_job
 from trainer.generation.material import Example, Material, gather
 from trainer.generation.prompts import Prompts
-from trainer.generation.recipe import Recipe, methods, preference_of, recipe_for
+from trainer.generation.recipe import POSITIONS, Recipe, methods, preference_of, recipe_for
 from trainer.generation.served import ServedStudent
 from trainer.report import REJECTED, SUCCEEDED, Report, Timed
 
@@ -163,7 +163,7 @@ class _Run:
         return material
 
     def _positions(self, method: str) -> int:
-        return int(self._spec.get("positions") or Recipe.__dataclass_fields__["positions"].default) if method in ("prefix", "prompt") else 0
+        return int(self._spec.get("positions") or POSITIONS) if method in ("prefix", "prompt") else 0
 
     def _held_out(self, material: Material) -> list[Example]:
         """The newest: traffic is what it was of late."""

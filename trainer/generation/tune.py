@@ -40,6 +40,7 @@ def fine_tune(
     """
     folder = context.folder / recipe.method
     args = arguments(recipe, folder / "checkpoints", steps_of(recipe, len(train)))
+    trainer: Any = None
     watch = Watch(context, folder, STAGE, lambda: weights_of(trainer), recipe.patience, reserve_s)
     trainer = _make_trainer(student, args, list(train), list(watched) or list(train[:64]), watch)
     resume = last_checkpoint(folder / "checkpoints")
