@@ -298,7 +298,7 @@ def _logits(folder: Path, texts: Sequence[str]) -> float:
     from server.runtime.repository import Repository
     from server.runtime.tokenizers import TextTokenizer
 
-    checkpoint = folder / "job" / "work-base" / "base"
+    checkpoint = folder / "job" / "work" / "base"
     files = Repository(folder / "models").open(BASE)
     layout = layout_of(files.manifest)
     assert layout is not None and files.tokenizer is not None, "a decoder"

@@ -111,7 +111,7 @@ async def test_every_method_serves_what_it_trained(bases: Path, tmp_path: Path) 
     config = place(bases, tmp_path)
     base = open_base(config, "kind", tmp_path / "scratch")
     for method in ("lora", "full", "prefix", "prompt"):
-        recipe = Recipe(method, rank=4, positions=6, rate=5e-3, epochs=0.4)
+        recipe = Recipe(method, rank=4, positions=6, rate=5e-3, epochs=2.0)
         _, material = material_of(config)
         student = make_student(load_torch(base), recipe)
         fine_tune(student, material.train, material.watched, recipe, JobContext("job", tmp_path / "job"))

@@ -15,6 +15,8 @@ from server.runtime.manifest import Manifest
 from server.runtime.repository import ModelFiles, Repository
 from trainer.classify.source import find_source
 
+BASE = "base"  # in a job's folder: the base's checkpoint, where it had to be converted
+
 
 @dataclass(slots=True, frozen=True)
 class GeneratorBase:
@@ -111,7 +113,7 @@ def _torch_folder(config: Config, name: str, scratch: Path) -> Path:
         return find_source(config, name).folder
     from server.runtime.graphs.decoder.llama2c import convert
 
-    folder = scratch / "base"
+    folder = scratch / BASE
     if not (folder / "config.json").is_file():
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=scratch) as place:

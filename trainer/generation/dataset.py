@@ -16,6 +16,7 @@ from server.registry.registry import Registry
 from trainer.context import JobContext
 from trainer.curate.pipeline import curate
 from trainer.curate.rows import Curated, Row
+from trainer.generation.base import BASE
 
 _FILE = "dataset.json"
 
@@ -33,7 +34,9 @@ def rows_of_job(config: Config, skill: str, context: JobContext, registry: Regis
         if _digest(first) == kept["digest"]:
             return replace(curated, rows=first)
         context.log("rows of the first attempt have changed since; training begins anew")
-        shutil.rmtree(context.folder)
+        for old in context.folder.iterdir():
+            if old.is_dir() and old.name != BASE:
+                shutil.rmtree(old)
     context.folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"digest": _digest(rows), "ids": [row.interaction_id for row in rows]}))
