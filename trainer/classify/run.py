@@ -51,7 +51,9 @@ def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, An
     registry = Registry(config.registry)
     report = Report(skill, context.job)
     try:
-        asyncio.run(_Run(config, skill, registry, report, context).run(method, spec))
+        with Timed(report, "curate"):  # outside of the loop: it embeds texts in one of its own
+            curated = curate(config, skill, context, registry)
+        asyncio.run(_Run(config, skill, registry, report, context).run(curated, method, spec))
     finally:
         registry.close()
     return report
@@ -67,10 +69,8 @@ class _Run:
         self._context = context
         self._present_lineage: Mapping[str, Any] = {}
 
-    async def run(self, method: str, spec: Mapping[str, Any]) -> None:
+    async def run(self, curated: Curated, method: str, spec: Mapping[str, Any]) -> None:
         report, known = self._report, self._settings.read_labels()
-        with Timed(report, "curate"):
-            curated = curate.curate(self._config, self._skill, self._context, self._registry)
         self._note(curated)
         rows = enough(curated, self._skill, self._settings.min_rows, report)
         base = await ServedBase.open(self._config, self._settings.base)
