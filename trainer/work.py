@@ -30,6 +30,7 @@ from trainer.report import Report
 # Kind of job -> module and function, imported when the first job of that kind comes.
 _RUNS = {"train": ("trainer.train", "train"), "assess": ("trainer.assess", "assess"), "finetune": ("trainer.hosted.run", "finetune")}
 _DEFAULT_BUDGET_S = 3600.0
+WORK = "work"
 Watch = Callable[[str, int, int], None]
 
 
@@ -49,7 +50,7 @@ def new_holder() -> str:
 
 
 def folder_of(config: Config, job: str) -> Path:
-    """Where a job keeps checkpoints, curves and its page."""
+    """Where a job's curves and page are; what the method keeps, checkpoints above all, is in `work` within it."""
     return Path(config.training.path) / job
 
 
@@ -59,7 +60,7 @@ def run_job(config: Config, store: JobStore, job: Job, stop: threading.Event, wa
     `stop`: once set, the job is given back to the queue at its next step. `watch` is told of progress.
     """
     folder = folder_of(config, job.id)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
     with Pulse(store, job, job.holder, config.training.lease_s, folder) as pulse:
         pulse.watch = watch
         pulse.log(f"attempt {job.attempt} by {job.holder}" if job.attempt > 1 else f"begun by {job.holder}")
@@ -77,7 +78,7 @@ def _attempt(config: Config, job: Job, pulse: Pulse, stop: threading.Event) -> E
     budget_s = (settings.train_budget_s if settings is not None else _DEFAULT_BUDGET_S) - pulse.spent_before_s
     context = JobContext(
         job.id,
-        folder_of(config, job.id),
+        folder_of(config, job.id) / WORK,
         seed=int(job.spec.get("seed", 0)),
         attempt=job.attempt,
         deadline=time.monotonic() + max(0.0, budget_s),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+from server.registry.jobs import JobStore
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("card", "password", "transfer")
@@ -28,9 +32,6 @@ path = {json.dumps(str(folder / "lake"))}
 url = {json.dumps(registry_url or f"sqlite:///{folder / 'registry.db'}")}
 [training]
 path = {json.dumps(str(folder / "training"))}
-poll_s = 0.1
-lease_s = 3.0
-checkpoint_s = 0.2
 [training.sources]
 embedder = {json.dumps(str(source))}
 [providers.vendor]
@@ -51,6 +52,8 @@ class TrainerProcess:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "trainer", "work", "--config", str(workplace / "understudy.toml"), "--set", "log.format=json"]
+        quick = {"path": workplace / "training", "poll_s": 0.1, "lease_s": 3.0, "checkpoint_s": 0.2}
+        command += [word for key, value in quick.items() for word in ("--set", f"training.{key}={value}")]
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [*command, *options], cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -87,3 +90,40 @@ class TrainerProcess:
         self._reader.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def artefacts(models: Path, before: set[Path]) -> dict[str, str]:
+    """SHA-256 of the weights and graphs that were published into a repository since `before`, by place; manifests name jobs and times."""
+    found = [path for path in sorted(files(models) - before) if path.suffix not in (".json", ".md")]
+    return {str(path): hashlib.sha256((models / path).read_bytes()).hexdigest() for path in found}
+
+
+def files(models: Path) -> set[Path]:
+    """Files of a repository."""
+    return {path.relative_to(models) for path in models.rglob("*") if path.is_file()}
+
+
+def curve(store: JobStore, job: str) -> list[tuple[str, int, float]]:
+    """All points of a job."""
+    return [(point.name, point.step, point.value) for point in store.metrics(job)]
+
+
+def kill_at(trainer: TrainerProcess, points: Path, step: int) -> bool:
+    """Kills a trainer once its job's file of points has so many losses; False where the job ended before."""
+    while trainer.process.poll() is None:
+        told = points.read_text() if points.exists() else ""
+        if told.count('/loss"') >= step:
+            trainer.kill()
+            return True
+        time.sleep(0.002)  # between looks at a file: nobody tells us of its growth
+    trainer.wait()
+    return False
+
+
+def finish(workplace: Path, store: JobStore, job: str) -> TrainerProcess:
+    """Another trainer, until the job has ended."""
+    trainer = TrainerProcess(workplace)
+    while not store.get(job).ended and trainer.process.poll() is None:
+        time.sleep(0.1)
+    assert trainer.stop() == 0, trainer.lines
+    return trainer
