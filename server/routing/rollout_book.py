@@ -29,6 +29,7 @@ from server.settings import RolloutConfig
 
 # The most that a target's own sampling error may add to the margin.
 _MOST_ERROR = 0.05
+_INCONCLUSIVE = 6  # times min_comparisons, in one stage: after so many a student that neither goes on nor back makes way for a newer one
 _FROZEN = "the registry does not answer: the rollout stays where it is"
 
 
@@ -262,7 +263,7 @@ class RolloutBook:
             return self._change(name, machine.drop_champion(now, live.champion_suspended), AUTO, live.champion_suspended, seen)
         if now.paused:
             return None
-        newest = self._newest(name, now)
+        newest = self._newest(name, now, seen.compared)
         if newest is not None:
             reason = f"version {newest.version} was published"
             target, tolerance = promised(newest, self._book.get(name).deliver_bar, self.config.margin)
@@ -274,12 +275,13 @@ class RolloutBook:
             return self._change(name, machine.roll_back(now, verdict.reason), AUTO, verdict.reason, seen, verdict)
         return None
 
-    def _newest(self, name: str, now: Rollout) -> Student | None:
+    def _newest(self, name: str, now: Rollout, compared: int) -> Student | None:
         """The newest version that may answer, where it is newer than all that were there. It waits while another is in its canary: else
-        one that is trained every night would keep all from ever getting through.
+        one that is trained every night would keep all from ever getting through. But not for one that stays inconclusive after so many
+        comparisons in one stage: that would keep better ones waiting for ever.
         """
         assert self._book is not None, "of() comes first"
-        if now.stage == machine.CANARY:
+        if now.stage == machine.CANARY and compared < _INCONCLUSIVE * self.config.min_comparisons:
             return None
         known = [int(one) for one in (now.student, now.champion, *now.former, *now.refused) if one]
         for version, made in self._students.ready(name).items():
