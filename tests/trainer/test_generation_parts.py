@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from server.config import RuntimeConfig
-from server.core import Call, Message, Work
+from server.core import Call, FinishReason, Message, Work
 from server.errors import InvalidArgument
-from server.routing.candidates import Brief
+from server.quality.model import QualityModel
+from server.quality.scorer import score
+from server.routing.candidates import Brief, Signals
 from server.routing.local_model import GeneratorCandidate
 from server.routing.pace import Paces
 from server.routing.prompting import messages_of
@@ -23,10 +26,12 @@ from server.runtime.runtime import Runtime
 from server.settings import SkillConfig
 from tests.trainer.generation_bases import BASE, add_base, write_base
 from trainer.curate.rows import Row
+from trainer.generation import proof
 from trainer.generation.material import LONG_ANSWER, REFUSED, TOO_LONG, gather
 from trainer.generation.prompts import Prompts, work_of
 from trainer.generation.proof import mcnemar, same, token_f1
 from trainer.generation.recipe import METHODS, MIN_PREFERENCES, methods, preference_of, recipe_for
+from trainer.generation.served import Said, observed_rows
 
 torch = pytest.importorskip("torch")
 SKILL = Skill("kind", "text-generation", instruction="Which kind?", examples=(("is my card", "card"),), student_model=BASE)
@@ -195,3 +200,51 @@ def test_answers_are_compared_by_what_they_say() -> None:
     first, second = np.array([True] * 9 + [False]), np.array([True] * 2 + [False] * 7 + [True])
     assert mcnemar(first, second) == {"only_first": 7.0, "only_second": 1.0, "p": pytest.approx(0.0703125)}
     assert mcnemar(first, first)["p"] == 1.0
+
+
+def _said(count: int, right: int) -> tuple[list[Row], list[Said], np.ndarray]:
+    """Answers of which the first `right` are right and sure of themselves."""
+    rows = [row(f"where is card {i}") for i in range(count)]
+    sure, unsure = (
+        Signals(np.full(6, one, np.float32), np.full(6, -one, np.float32), np.full(6, 2.0, np.float32)) for one in (-0.01, -2.0)
+    )
+    said = [Said('{"kind": "card"}', FinishReason.STOP, True, "", sure if i < right else unsure) for i in range(count)]
+    return rows, said, np.arange(count) < right
+
+
+@pytest.mark.parametrize(("right", "share"), [(100, 1.0), (0, 0.0), (60, 0.6)])
+def test_a_student_delivers_what_it_is_likely_to_have_right(right: int, share: float) -> None:
+    rows, said, good = _said(100, right)
+    judged = proof.judge(SKILL, rows, said, good)
+    assert judged.share == pytest.approx(share, abs=0.12)
+    assert judged.delivered >= 0.8 or not share
+    assert judged.model.calibrated
+    again = QualityModel.from_json(judged.model.to_json())
+    qualities = [score(again, one).value or 0.0 for one in observed_rows(SKILL, rows, said)]
+    assert np.mean(np.array(qualities) >= SKILL.deliver_bar) == pytest.approx(share, abs=0.12)
+
+
+def test_verdicts_hold_a_student_against_the_bar_and_against_the_present_one() -> None:
+    def marks(good: np.ndarray) -> proof.Marks:
+        return proof.Marks(good, good, good.astype(np.float32), None)
+
+    rows, said, good = _said(100, 60)
+    judged = proof.judge(SKILL, rows, said, good)
+    assert proof.verdict(SKILL, judged, marks(good), None) == ""
+    assert proof.verdict(SKILL, judged, marks(good), marks(np.arange(100) < 50)) == ""
+    assert "61.00% of the present" in proof.verdict(SKILL, judged, marks(good), marks(np.arange(100) < 61))
+    bad = proof.judge(SKILL, *_said(100, 0))
+    assert "reach the bar 0.8" in proof.verdict(SKILL, bad, marks(np.zeros(100, bool)), None)
+    loose = replace(judged, share=0.9, delivered=0.6)
+    assert "only 60.0% are acceptable" in proof.verdict(SKILL, loose, marks(good), None)
+
+
+def test_answers_are_marked_row_by_row() -> None:
+    skill = replace(SKILL, json_schema='{"type": "object", "required": ["kind"]}')
+    said = [Said('{"kind": "card"}'), Said('{"kind":"card"}'), Said('{"sort": 1}'), Said(error="UNAVAILABLE")]
+    found = proof.mark(skill, said, ['{"kind": "card"}'] * 4)
+    assert found.exact.tolist() == [True, False, False, False]
+    assert found.acceptable.tolist() == [True, True, False, False]
+    assert found.valid is not None
+    assert found.valid.tolist() == [True, True, False, False]
+    assert found.metrics()["failed"] == 0.25

@@ -34,6 +34,7 @@ from trainer.report import REJECTED, SUCCEEDED, Report, Timed
 MOST_HELD_OUT = 400
 _PARITY_PROMPTS, _PARITY_TOKENS = 16, 48
 _BASE_PROMPTS, _BASE_TOKENS, _BASE_TOP1 = 4, 12, 0.7
+_ENOUGH = 0.5  # of the held-out rows at the bar; below, a dearer method is tried where several are
 _RESERVE = 0.25  # of the time budget, for export and proof
 
 
@@ -97,6 +98,11 @@ class _Trial:
     entry: dict[str, Any]
     reason: str
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Students that pass before others, then by the share of requests that they can answer at the bar."""
+        return not self.reason, self.metrics["local_share"]
+
 
 class _Run:
     def __init__(
@@ -127,6 +133,7 @@ class _Run:
             return report
         with Timed(report, "check the base"):
             await same_weights(self._config, self._base, load_torch(self._base), [one.prompt for one in material.held_out[:_BASE_PROMPTS]])
+        best: _Trial | None = None
         for method in chosen:
             context.check()
             if method != chosen[0]:
@@ -135,13 +142,17 @@ class _Run:
             if trial is None:  # another process goes on
                 return report
             report.tried.append(trial.entry)
-            report.reason, report.method, report.metrics = trial.reason, method, trial.metrics
-            if not trial.reason:
-                self._publish(trial, curated)
-                return report
-            if method != chosen[-1] and context.left_s() < self._reserve:
-                context.log(f"{method} did not reach the bar, and the time budget has ended")
+            best = trial if best is None or trial.rank > best.rank else best
+            if best.rank >= (True, _ENOUGH):
                 break
+            if method != chosen[-1] and context.left_s() < self._reserve:
+                context.log(f"{method} is not enough, and the time budget has ended")
+                break
+        assert best is not None, "a ladder has a rung"
+        report.reason, report.method, report.metrics = best.reason, best.recipe.method, best.metrics
+        if not best.reason:
+            self._publish(best, curated)
+            return report
         report.state = REJECTED
         return report
 
