@@ -23,7 +23,7 @@ _EMBED_BATCH = 128
 _LAYERS = (".layer.", ".layers.")
 
 
-class Student(nn.Module):
+class Student(nn.Module):  # type: ignore[misc]
     """`forward` gives vectors float32[B, H] of length 1; `logits` what the head makes of them."""
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: str, scale: float) -> None:
@@ -53,7 +53,7 @@ class Student(nn.Module):
         weight = (self.scale * self.head.weight.detach()).cpu().numpy().astype(np.float32)
         return weight, self.head.bias.detach().cpu().numpy().astype(np.float32)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def embed(self, tokens: TokenTable, rows: IntArray) -> FloatArray:
         """Vectors float32[n, H] of rows of the table, in their order, without dropout and in float32."""
         training = self.training

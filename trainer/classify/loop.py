@@ -163,7 +163,10 @@ class Training:
 
     def _precision(self) -> AbstractContextManager[Any]:
         """bfloat16 products where the processor has them; weights, sums and losses stay float32."""
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(self._device))
+        precision: AbstractContextManager[Any] = torch.autocast(
+            self._device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(self._device)
+        )
+        return precision
 
     def _end_epoch(self) -> None:
         at, recipe = self._at, self._recipe
@@ -251,6 +254,6 @@ def _read(path: Path) -> Mapping[str, Any] | None:
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(capable and capable())

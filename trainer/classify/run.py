@@ -12,15 +12,15 @@ import numpy as np
 
 from server.config import Config
 from server.core import FloatArray
-from server.errors import FailedPrecondition, InvalidArgument
+from server.errors import FailedPrecondition, InvalidArgument, UnderstudyError
 from server.quality.calibration import BoolArray
 from server.registry.registry import CHAMPION, Registry
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.heads import LinearHead
 from server.runtime.repository import Repository
-from trainer import evaluate, publish
+from trainer import card, evaluate, publish
 from trainer.classify.data import Data, enough
-from trainer.classify.recipe import FULL, LORA, recipe_for
+from trainer.classify.recipe import FULL, LORA, VALIDATED, Recipe, recipe_for
 from trainer.classify.students import LINEAR, Trained, Work, train_encoder, train_linear
 from trainer.context import JobContext
 from trainer.curate.pipeline import curate
@@ -83,13 +83,14 @@ class _Run:
             work = Work(
                 self._config, self._skill, self._settings.deliver_bar, data, self._context, int(spec.get("seed", self._context.seed))
             )
-            chosen = await self._ladder(work, base, vectors, method)
+            chosen = await self._ladder(work, base, vectors, method, wanted=bool(spec.get("search")))
             present = await self._present(data, base, vectors)
         finally:
             await base.close()
         lineage = {"job": report.job, "dataset": dataset, "fingerprint": curated.fingerprint, "table_version": curated.table_version}
         lineage |= {"sources": dict(curated.sources), "train_rows": report.train_rows, "skill_labels": known}
         self._decide(work, chosen, present, lineage)
+        self._tell(lineage, str(spec.get("hub_repo") or ""))
 
     def _note(self, curated: Curated) -> None:
         report = self._report
@@ -113,7 +114,7 @@ class _Run:
         report.labels, report.labels_without_rows = len(left.labels), [label for label in data.labels if label not in there]
         return left, vectors
 
-    async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str) -> Trained:
+    async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str, wanted: bool) -> Trained:
         """Students from the cheapest on until one reaches the bar or the budget is spent; the best of them."""
         tried: list[Trained] = []
         for step in LADDER if method == "auto" else (method,):
@@ -125,7 +126,8 @@ class _Run:
                 if step == LINEAR:
                     student = train_linear(work, base, vectors)
                 else:
-                    student = await train_encoder(work, recipe_for(step, self._report.train_rows, len(work.data.labels), seed=work.seed))
+                    recipe = recipe_for(step, self._report.train_rows, len(work.data.labels), seed=work.seed)
+                    student = await train_encoder(work, recipe.with_(self._searched(work, recipe, wanted=wanted)))
             tried.append(student)
             self._report.tried.append(student.told(work.bar))
             self._context.log(f"{step}: agrees on {student.judged.accuracy:.2%}, {student.judged.share:.1%} at the bar")
@@ -135,6 +137,25 @@ class _Run:
                 return student
         sound = [student for student in tried if not student.problem] or tried
         return max(sound, key=lambda student: (student.judged.share * student.judged.delivered_accuracy, student.judged.accuracy))
+
+    def _searched(self, work: Work, recipe: Recipe, *, wanted: bool) -> dict[str, Any]:
+        """What a search finds better than the recipe, in half of what is left of the budget; nothing where none was asked for."""
+        if not wanted:
+            return {}
+        from trainer.classify.students import SPACE, validation_accuracy
+        from trainer.search import search
+
+        short = recipe.with_({"validated": max(recipe.validated, VALIDATED)})
+        with Timed(self._report, "search"):
+            found = search(
+                lambda parameters, name: validation_accuracy(work, short.with_(parameters), f"{recipe.method}-{name}"),
+                SPACE,
+                self._context,
+                self._context.left_s() / 2 if self._context.left_s() < float("inf") else self._settings.train_budget_s / 2,
+                first={name: getattr(recipe, name) for name in SPACE},
+            )
+        self._context.log(f"search: {found.trials} trials, the best agrees on {found.value:.2%} of the validation rows")
+        return dict(found.parameters)
 
     def _skip(self, step: str) -> str:
         """Why a dearer student is not tried; "" where it is."""
@@ -212,3 +233,25 @@ class _Run:
         arrays = np.ascontiguousarray(chosen.weight), np.ascontiguousarray(chosen.bias)
         manifest = publish.publish_head(self._config, self._registry, final, arrays, kind=chosen.method, job=report.job)
         report.state, report.version = SUCCEEDED, manifest.version
+
+    def _tell(self, lineage: Mapping[str, Any], hub_repo: str) -> None:
+        """Writes the card into the job's folder, and pushes what was published to the Hub where the job says so."""
+        report, folder = self._report, self._context.folder
+        if find_spec("huggingface_hub") is None:
+            return
+        models = Path(self._config.models.path)
+        license = Repository(models).manifest(self._settings.base).license
+        made_of = card.Lineage(lineage["dataset"], lineage["fingerprint"], lineage["table_version"], license)
+        path = card.write_card(folder, report, self._settings.task, made_of)
+        report.card = str(path)
+        if not hub_repo or report.state != SUCCEEDED:
+            return
+        folders = {"head": publish.adapters_folder(self._config, self._skill) / report.version}
+        if report.model:
+            name, _, version = report.model.partition("@")
+            folders["encoder"] = models / name / version
+        try:
+            self._context.log(f"pushed to {card.push(hub_repo, folders, path)}")
+        except UnderstudyError as error:  # the student serves all the same
+            self._context.log(f"not pushed: {error.message}")
+            report.details["hub"] = error.message

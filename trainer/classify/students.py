@@ -21,9 +21,18 @@ from trainer.classify.data import Data
 from trainer.classify.recipe import Recipe
 from trainer.context import JobContext
 from trainer.evaluate import Evaluation
+from trainer.search import Range
 from trainer.serving import ServedBase
 
 LINEAR = "linear-head"
+# What a search may change; the recipe is its first trial.
+SPACE = {
+    "lr": Range(5e-5, 1e-3, log=True),
+    "epochs": Range(4, 20, whole=True),
+    "dropout": Range(0.0, 0.2),
+    "smoothing": Range(0.0, 0.2),
+    "contrastive": Range(0.0, 1.0),
+}
 # A head that is fitted to vectors which were trained for the same labels needs little freedom.
 _REFIT_STRENGTH = 1.0
 
@@ -121,6 +130,13 @@ def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Any:
     training = Training(student, rows, recipe, work.context, name)
     training.run()
     return source, student, tokens, training
+
+
+def validation_accuracy(work: Work, recipe: Recipe, name: str) -> float:
+    """A trial of a search: the best accuracy on the validation rows. Leaves no checkpoint of a trial that ended."""
+    *_, training = train_encoder_weights(work, recipe, name)
+    (work.context.folder / f"{name}.checkpoint").unlink(missing_ok=True)
+    return float(training.validation)
 
 
 async def train_encoder(work: Work, recipe: Recipe) -> Trained:
