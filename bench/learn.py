@@ -17,6 +17,7 @@ from bench.harness import Row, run_measures
 _MEASURES = {
     "lossless": ("learn_lake", "lossless"),
     "recording": ("learn_lake", "recording"),
+    "curation": ("learn_curation", "curation"),
     "erasure": ("learn_lake", "erasure"),
     "accuracy": ("learn_accuracy", "accuracy"),
     "flywheel": ("learn_flywheel", "flywheel"),

@@ -21,7 +21,8 @@ MISLABELLED = "the label is likely wrong (label errors)"
 MIN_ROWS_A_LABEL = 20
 FOLDS = 3
 STRENGTH = 10.0
-_SIZE = 1024  # of hashed features
+_SIZE = 512  # of hashed features
+_MOST_FITTED = 20_000  # rows that one head is fitted on: more take time and memory, and tell little more of the labels
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,12 +50,14 @@ def find(vectors: FloatArray, classes: IntArray, labels: int, cap: float, check:
 
 def held_back(vectors: FloatArray, classes: IntArray, labels: int, check: Callable[[], None]) -> FloatArray:
     """Probabilities float32[n, labels], each row's by a linear head that was fitted without it."""
-    part = np.random.default_rng(1).permutation(len(classes)) % FOLDS
+    part = np.random.default_rng(1).permutation(len(classes))
     logits = np.zeros((len(classes), labels), np.float32)
     for fold in range(FOLDS):
         check()
-        weight, bias = linear.fit_at(vectors[part != fold], classes[part != fold], labels, STRENGTH)
-        logits[part == fold] = vectors[part == fold] @ weight.T + bias
+        fitted = np.flatnonzero((part % FOLDS != fold) & (part < _MOST_FITTED * FOLDS // (FOLDS - 1)))  # `part` is a shuffle
+        weight, bias = linear.fit_at(vectors[fitted], classes[fitted], labels, STRENGTH)
+        judged = part % FOLDS == fold
+        logits[judged] = vectors[judged] @ weight.T + bias
     logits /= linear.temperature(logits, classes)
     logits -= logits.max(axis=1, keepdims=True)
     np.exp(logits, out=logits)
@@ -62,7 +65,7 @@ def held_back(vectors: FloatArray, classes: IntArray, labels: int, check: Callab
 
 
 def hashed(texts: Sequence[str]) -> FloatArray:
-    """Features float32[n, 1024] of length 1, where no model is at hand: words, word pairs and runs of 4 characters, hashed."""
+    """Features float32[n, 512] of length 1, where no model is at hand: words, word pairs and runs of 4 characters, hashed."""
     found = np.zeros((len(texts), _SIZE), np.float32)
     for number, text in enumerate(texts):
         words = text.casefold().split()[:400]
