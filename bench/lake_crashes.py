@@ -180,11 +180,14 @@ def crash(folder: Path, *, kills: int, servers: int = 3, trainer: bool = True, s
             while sum(seen.kills.values()) < kills:
                 time.sleep(chance.uniform(0.2, 2 * every_s - 0.2))
                 _kill_one(scene, toml, running, clients, learner, chance, seen)
+            until(lambda: all(client.address for client in clients), START_S)
         finally:
             for client in clients:
                 client.stop()
             if learner is not None:
                 learner.close()
+            for server in running:
+                server.signal()  # all at once: each converts what is left
             for server in running:
                 server.stop(allow_errors=True)
     _compare(config, clients, seen)

@@ -57,6 +57,9 @@ NAMES = {
     "understudy_skill_seconds": "Time from an item's arrival to its answer, by skill and who answered.",
     "understudy_skill_escalations_total": "Items that one candidate could not answer well enough, and another was asked, by skill.",
     "understudy_budget_used_ratio": "Share of a budget's limit that is spent, over all servers, by scope and window.",
+    "understudy_lake_records": "Records for the lake's log: appended; held in memory, because the disk refuses them; lost.",
+    "understudy_lake_refusals": "Times that the file system refused the lake's log; it grows while a disk is full.",
+    "understudy_lake_set_aside": "Files of the lake's log that a person should look at: damaged segments, files of rejected records.",
     "understudy_budget_refusals_total": "Paid calls refused for want of budget, by scope and window.",
     "understudy_rollout_percent": "Share of a skill's requests that its newest student may answer, in percent.",
     "understudy_rollout_steps_total": "Steps of rollouts, by skill and where they led.",
@@ -117,6 +120,9 @@ class Metrics:
         self._budget_refusals = self._counter("understudy_budget_refusals_total", ("scope", "window"))
         self._rollout_percent = self._gauge("understudy_rollout_percent", ("skill",))
         self._rollout_steps = self._counter("understudy_rollout_steps_total", ("skill", "to"))
+        self._lake_records = self._gauge("understudy_lake_records", ("state",))
+        self._lake_refusals = self._gauge("understudy_lake_refusals", ())
+        self._lake_set_aside = self._gauge("understudy_lake_set_aside", ("kind",))
         self.stats = Stats()
         self._waiting: dict[str, int] = {}
         self._children: dict[tuple[object, ...], Any] = {}
@@ -161,6 +167,17 @@ class Metrics:
         """A skill's rollout took a step: shadow, canary 10, ..., full, rolled_back."""
         self._child(self._rollout_percent, skill).set(percent)
         self._child(self._rollout_steps, skill, step).inc()
+
+    def lake_written(self, *, appended: int, held: int, lost: int, refusals: int) -> None:
+        """See server.lake.lake.LakeCounters."""
+        for state, number in (("appended", appended), ("held", held), ("lost", lost)):
+            self._child(self._lake_records, state).set(number)
+        self._lake_refusals.set(refusals)
+
+    def lake_set_aside(self, damaged: int, rejected: int) -> None:
+        """Files of the log that are in nobody's way and that somebody should look at."""
+        self._child(self._lake_set_aside, "damaged").set(damaged)
+        self._child(self._lake_set_aside, "rejected").set(rejected)
 
     def budget_used(self, scope: str, window: str, ratio: float) -> None:
         """The share of a limit that is spent."""

@@ -94,7 +94,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     registry = Registry(config.registry)
     store, book, rollouts = make_students(config, runtime, registry, metrics)
     providers = make_providers(config.providers)
-    lake = Lake.of(config, registry)
+    lake = Lake.of(config, registry, observer=metrics)
     budget = Budget(config.budget, registry, observer=metrics)
     difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
 

@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.lake import schema
 from server.lake.holding import Holding
@@ -19,6 +19,7 @@ from server.lake.ids import IdKey
 from server.lake.keyring import LogKey
 from server.lake.log import Log, sealed_segments
 from server.lake.place import Place
+from server.lake.stats import backlog
 
 if TYPE_CHECKING:
     from server.config import Config
@@ -46,6 +47,16 @@ class LakeCounters:
     refusals: int
 
 
+class LakeObserver(Protocol):
+    """Told of the lake's state once a second, on the lake's thread."""
+
+    def lake_written(self, *, appended: int, held: int, lost: int, refusals: int) -> None:
+        """See LakeCounters."""
+
+    def lake_set_aside(self, damaged: int, rejected: int) -> None:
+        """Damaged segments and files of rejected records that lie in the log's folder."""
+
+
 class Lake:
     """Opened once a process; several processes may open one path. Appending is safe from any thread and never waits for a device.
 
@@ -66,16 +77,17 @@ class Lake:
         self._config: Config | None = None
         self._registry: Registry | None = None
         self._encrypted = False
+        self._observer: LakeObserver | None = None
         self._key: LogKey | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._compacting: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def of(cls, config: Config, registry: Registry) -> Lake:
+    def of(cls, config: Config, registry: Registry, *, observer: LakeObserver | None = None) -> Lake:
         """The configured lake, whose users' keys are in the registry. Raises InvalidArgument for a store that is not set up."""
         lake = cls(Path(config.lake.path), flush_s=config.lake.flush_s, segment_bytes=config.lake.segment_bytes)
-        lake._place = Place.of(config.lake)
+        lake._place, lake._observer = Place.of(config.lake), observer
         lake._config, lake._registry, lake._encrypted = config, registry, config.lake.encrypt
         return lake
 
@@ -172,9 +184,17 @@ class Lake:
                 sealed = sum([self._tick(log) for log in self._logs.values()])
                 if sealed or time.monotonic() >= next_convert:
                     self._convert()
+                    self._tell_set_aside()
                     next_convert = time.monotonic() + self._flush_s
+                if self._observer is not None:
+                    self._observer.lake_written(**asdict(self.counters()))
             except Exception:
                 _log.exception("the lake's background work failed; it goes on")
+
+    def _tell_set_aside(self) -> None:
+        if self._observer is not None:
+            found = backlog(self._place)
+            self._observer.lake_set_aside(found.damaged, found.rejected)
 
     def _tick(self, log: Log) -> int:
         try:
