@@ -24,7 +24,8 @@ from server.quality.calibration import Calibration
 from server.registry.registry import Registry
 from server.runtime.adapters import AdapterStore
 from trainer.context import JobContext
-from trainer.curate import pipeline as curate
+from trainer.curate.answers import FOREIGN_LABEL
+from trainer.curate.rows import is_held_out
 from trainer.report import Report
 from trainer.train import train
 
@@ -65,6 +66,9 @@ path = {json.dumps(str(tmp_path / "models"))}
 path = {json.dumps(str(tmp_path / "lake"))}
 [registry]
 url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
+[curation]  # the texts are drawn from few words, and many are alike
+near_duplicates = 1.0
+label_errors = "off"
 [providers.vendor]
 [skills.intent]
 labels = ["card", "password", "transfer", "unheard"]
@@ -102,7 +106,7 @@ def test_a_good_student_is_published_and_a_worse_one_is_not(workplace: Path) -> 
     report = run(workplace)
     assert (report.state, report.version, report.base) == ("succeeded", "1", "embedder@1")
     assert report.read == 401 == report.train_rows + report.held_out_rows + sum(report.dropped.values())
-    assert report.labels_without_rows == ["unheard"] and report.dropped[curate.FOREIGN_LABEL] == 1
+    assert report.labels_without_rows == ["unheard"] and report.dropped[FOREIGN_LABEL] == 1
     assert report.metrics["accuracy"] > 0.9 and report.metrics["local_share"] > 0.5
 
     store = AdapterStore(workplace / "models" / "adapters")
@@ -145,7 +149,7 @@ def test_held_out_rows_are_never_trained_on(workplace: Path, monkeypatch: pytest
 
     monkeypatch.setattr(linear, "fit", watch)
     report = run(workplace)
-    held = sum(curate.is_held_out(text) for text, _ in texts(300, 3))
+    held = sum(is_held_out(text) for text, _ in texts(300, 3))
     assert seen == [300 - held] and report.held_out_rows == held
 
 
