@@ -128,8 +128,9 @@ def generation() -> Row:
 
 
 def _measure(folder: Path, source: Path) -> Row:
-    rows = wishes(ROWS + PROBES)
-    recorded, probes = rows[:ROWS], rows[ROWS:]
+    rows = wishes(ROWS + 2 * PROBES)
+    # What is asked while the job runs may be learnt from; the probes are asked once, at the end.
+    recorded, asked, probes = rows[:ROWS], rows[ROWS : ROWS + PROBES], rows[ROWS + PROBES :]
     (folder / "gold.jsonl").write_text("".join(json.dumps({"text": text, "label": answer}) + "\n" for text, answer in rows))
     _pull(folder, source)
     teacher = subprocess.Popen(
@@ -144,7 +145,7 @@ def _measure(folder: Path, source: Path) -> Row:
         with serve(folder / "models", config=config) as server:
             _record(server.address, recorded)
             _await_rows(folder)
-            with Load(server.address, probes) as load:
+            with Load(server.address, asked) as load:
                 report, wall, cpu = _train(folder)
                 local = _await_takeover(load) if report["state"] == "succeeded" else 0
             right, mine = _probe(server.address, probes)
