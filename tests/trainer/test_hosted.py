@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -40,6 +43,7 @@ from trainer.hosted.offers import offer_of
 from trainer.hosted.run import Around, State, finetune
 from trainer.report import Report
 
+ROOT = Path(__file__).resolve().parents[2]
 SKILL = "intent"
 MODEL = "gpt-4.1-mini-2025-04-14"
 BEFORE = datetime(2026, 11, 28, tzinfo=UTC)
@@ -372,3 +376,18 @@ def test_what_cannot_be_fine_tuned_is_refused_before_anything_is_sent(paid: Vend
     with pytest.raises(SkillNotFound):
         finetune(config, "other", context, {"provider": "openai"})
     assert not paid.requests
+
+
+def test_the_command_tells_the_cost_and_wants_a_yes(paid: Vendor, tmp_path: Path) -> None:
+    config = config_of(tmp_path, paid.url)
+    fill(config)
+    paid.events = 2
+    command = [sys.executable, "-m", "server.cli", "finetune", SKILL, "--provider", "openai", "--config", str(tmp_path / "understudy.toml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
+    ask: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    refused = subprocess.run(command, **ask)
+    assert refused.returncode == 1 and "US dollars" in refused.stderr and "--yes" in refused.stderr and not paid.requests
+    done = subprocess.run([*command, "--yes", "--json", str(tmp_path / "report.json")], **ask)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["version"].startswith("ft:gpt-4.1-mini")
+    assert KEY not in done.stdout + done.stderr
