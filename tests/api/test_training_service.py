@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -51,14 +52,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stub(place: Path, small_models: Path) -> Iterator[TrainingServiceStub]:
+def server_address(place: Path, small_models: Path) -> Iterator[str]:
     fill(place / "lake")
     config = CONFIG.format(registry=place / "registry.db", lake=place / "lake")
     server = ServerProcess(place / "server", config, models=small_models)
     server.wait_ready()
-    with grpc.insecure_channel(server.address) as channel:
-        yield TrainingServiceStub(channel)
+    yield server.address
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def stub(server_address: str) -> Iterator[TrainingServiceStub]:
+    with grpc.insecure_channel(server_address) as channel:
+        yield TrainingServiceStub(channel)
 
 
 @pytest.fixture
@@ -197,6 +203,34 @@ def test_schedules_of_the_configuration_and_of_commands(stub: TrainingServiceStu
     stub.DeleteSchedule(pb.DeleteScheduleRequest(name=name))
     assert listed()[name] == ("daily at 02:30", "configuration")
     assert refusal(lambda: stub.DeleteSchedule(pb.DeleteScheduleRequest(name=name)))[0] == "FAILED_PRECONDITION"
+
+
+def test_the_clients_know_jobs(stub: TrainingServiceStub, server_address: str, store: JobStore) -> None:
+    from understudy.aio import AsyncClient
+    from understudy.client import Client
+    from understudy.errors import NotFound
+
+    with Client(server_address) as client:
+        job = client.jobs.create("intent", method="prefix", seed=4, job_request_id="by-client")
+        assert (job.state, job.skill, job.method, job.done) == ("queued", "intent", "prefix", False)
+        taken = store.lease("us", 60, max_attempts=3)
+        assert taken is not None and taken.id == job.id
+        store.beat(job.id, "us", 60, News([], [Point("loss", 1, 0.5, 1000)], {"fit": (1, 2)}))
+        store.end(job.id, "us", "succeeded", report={"version": "8", "metrics": {"accuracy": 0.75}})
+        done = client.jobs.wait(job.id)
+        assert (done.state, done.version, done.metrics, done.progress) == ("succeeded", "8", {"accuracy": 0.75}, {"fit": (1, 2)})
+        assert client.jobs.curves(job.id) == {"loss": [(1, 0.5)]} and client.jobs.cancel(job.id).state == "succeeded"
+        assert job.id in [one.id for one in client.jobs.list("intent")]
+        with pytest.raises(NotFound):
+            client.jobs.get("none")
+
+    async def same() -> None:
+        async with AsyncClient(server_address) as client:
+            assert await client.jobs.get(job.id) == done == await client.jobs.wait(job.id)
+            assert job.id in [one.id for one in await client.jobs.list("intent", limit=1000)]
+            assert await client.jobs.curves(job.id) == {"loss": [(1, 0.5)]}
+
+    asyncio.run(same())
 
 
 def test_the_skills_are_written_down(stub: TrainingServiceStub, place: Path) -> None:

@@ -20,6 +20,7 @@ from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
 from understudy.feedback import Feedback as Feedback
 from understudy.generation import Messages
+from understudy.jobs import AsyncJobs
 from understudy.many import run_many_aio
 from understudy.options import (
     AnswerOptions,
@@ -85,6 +86,7 @@ class AsyncClient:
         self.models = AsyncModels(self)
         self.adapters = AsyncAdapters(self)
         self.skills = AsyncSkills(self)
+        self.jobs = AsyncJobs(self)
 
     async def __aenter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ from understudy.ensembles import Member as Member
 from understudy.errors import UnderstudyError, from_rpc_error
 from understudy.feedback import Feedback as Feedback
 from understudy.generation import Messages
+from understudy.jobs import Jobs
 from understudy.many import run_many
 from understudy.options import (
     AnswerOptions,
@@ -86,6 +87,7 @@ class Client:
         self.models = Models(self)
         self.adapters = Adapters(self)
         self.skills = Skills(self)
+        self.jobs = Jobs(self)
 
     def __enter__(self) -> Self:
         return self
