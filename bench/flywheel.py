@@ -39,7 +39,7 @@ from understudy.v1.inference_service_pb2_grpc import InferenceServiceStub
 SKILL = "support-intent"
 IN_PER_MILLION, OUT_PER_MILLION = 0.15, 0.60  # US dollars; the simulation's price
 USERS = 200
-LAKE_S, NIGHT_S = 60.0, 300.0
+LAKE_S, NIGHT_S = 300.0, 600.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -65,6 +65,7 @@ class Plan:
     train_budget_s: float = 120.0
     method: str = "auto"
     rollout: str = ""  # further lines of [rollout]
+    nice: int = 10  # of the trainer: it shares the machine with the server
     instruction: str = "Say what the customer wants."
 
 
@@ -217,7 +218,7 @@ train_budget_s = {plan.train_budget_s}
             serve = [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config), "--port", "0"]
             server = stack.enter_context(process(serve, self.folder / "server.log", all_to_log=True))
             address = wait_ready(server, self.folder / "server.log")
-            work = ["nice", "-n", "10", sys.executable, "-m", "trainer", "work", "--config", str(self.config)]
+            work = ["nice", "-n", str(plan.nice), sys.executable, "-m", "trainer", "work", "--config", str(self.config)]
             trainer = stack.enter_context(process(work, self.folder / "trainer.log", all_to_log=True))
             watch = stack.enter_context(Watch(self.folder, SKILL))
             self._say(f"{plan.name}: {len(plan.days)} days, {sum(map(len, plan.days))} requests. The API model is a SIMULATION.")
