@@ -268,5 +268,5 @@ def test_early_stopping_keeps_the_best_weights_and_time_ends_it(tmp_path: Path) 
     found = line(tmp_path / "a", learner := Worse())
     assert (found.best, found.best_epoch, found.ended) == (0.9, 2, "no better validation figure in 3 epochs")
     assert learner.weights() == learner.kept
-    late = fit(Line(), NUMBERS[:60], NUMBERS[60:], RECIPE, JobContext("j", tmp_path / "b"), until=-1.0)
+    late = fit(Line(), NUMBERS[:60], NUMBERS[60:], RECIPE, JobContext("j", tmp_path / "b", deadline=-1.0))
     assert (late.steps, late.ended) == (0, "the time was up")

@@ -15,7 +15,6 @@ from server.core import Task
 from server.errors import ModelRejected
 from server.runtime.pull import pull
 from server.runtime.repository import ModelFiles, Repository
-from trainer.context import JobContext
 from trainer.encoders.base import save_folder
 from trainer.encoders.examples import ENTITIES, RANKING
 from trainer.encoders.judge import LEAST_PARITY, Judge
@@ -38,14 +37,12 @@ class Exported:
     parity: dict[str, float]
 
 
-def export(
-    config: Config, trial: Trial, judge: Judge, name: str, texts: Sequence[str], fields: Mapping[str, Any], context: JobContext
-) -> Exported | str:
+def export(config: Config, trial: Trial, judge: Judge, name: str, texts: Sequence[str], fields: Mapping[str, Any]) -> Exported | str:
     """Writes the graph with the server's own writers, and asks it through server.runtime what the torch model was asked.
 
     `texts`: of the training part, that int8 is fitted to. A string: why no form of it answers as the torch model does.
     """
-    student = trial.student
+    student, context = trial.student, trial.student.context
     folder = context.folder / "draft" / "torch"
     save_folder(student.learner.model, student.source, folder)
     torch_output = student.output(judge)

@@ -89,15 +89,15 @@ def fit(
     context: JobContext,
     *,
     key: str = "",
-    until: float = math.inf,
 ) -> Fit:
     """Trains, and leaves the weights that were best on `held` in the learner's model.
 
-    `key` says what the run is made of: a checkpoint of another key is not taken up. `until`, of time.monotonic(): no step begins later.
+    `key` says what the run is made of: a checkpoint of another key is not taken up. No step begins
+    after the context's deadline.
     Raises Cancelled, with the checkpoint written.
     """
     assert rows and held
-    return _Loop(learner, rows, held, recipe, context, key).run(until)
+    return _Loop(learner, rows, held, recipe, context, key).run()
 
 
 class _Loop:
@@ -120,7 +120,7 @@ class _Loop:
         self._best: dict[str, Any] = {}
         self._device = next(learner.model.parameters()).device.type
 
-    def run(self, until: float) -> Fit:
+    def run(self) -> Fit:
         state = self._resumed()
         saved = time.monotonic()
         while not state.fit.ended:
@@ -128,7 +128,7 @@ class _Loop:
                 if self._context.is_cancelled():
                     self._save(state)
                     self._context.check()
-                if time.monotonic() >= until:
+                if time.monotonic() >= self._context.deadline:
                     state.fit.ended = "the time was up"
                     break
                 loss = self._step(batches, state.step)

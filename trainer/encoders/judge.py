@@ -81,8 +81,8 @@ class Judge:
             quality = _figure("f1", measure.entity_statistic(wanted, output), len(self.rows))
         elif self.task == EMBEDDING:
             found = measure.ranking(self._retrieval[2], list(output))
-            figures = {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
-            quality = _figure("ndcg_10", measure.mean_statistic(found.ndcg), len(self.queries))
+            figures = {"ndcg": float(found.ndcg.mean()), "mrr": float(found.reciprocal.mean())}
+            quality = _figure("ndcg", measure.mean_statistic(found.ndcg), len(self.queries))
             return Judged(quality, quality, figures)
         else:
             figures, quality = self._scored(np.asarray(output, np.float64))
@@ -109,7 +109,7 @@ class Judge:
                 places.setdefault(query, []).append(place)
             chosen = [rows for rows in places.values() if len(rows) > 1]
             found = measure.ranking([np.array(wanted)[rows] for rows in chosen], [scores[rows] for rows in chosen])
-            figures |= {"ndcg_10": float(found.ndcg.mean()), "mrr_10": float(found.reciprocal.mean())}
+            figures |= {"ndcg": float(found.ndcg.mean()), "mrr": float(found.reciprocal.mean())}
         return figures, _figure("concordance", statistic, units)
 
     def parity(self, torch_output: Any, served_output: Any) -> dict[str, float]:

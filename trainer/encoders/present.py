@@ -18,12 +18,16 @@ from trainer.encoders.examples import ENTITIES, RANKING
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """A model of the repository. `number`: of the skill's version that points to it, "" where none does; `lineage` of that version."""
+    """A model of the repository. `number`: of the skill's version that points to it, "" where none does; `lineage`, `metrics` and `sha256`:
+    of that version.
+    """
 
     model: str
     version: str
     number: str = ""
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sha256: str = ""
 
     @property
     def shown(self) -> str:
@@ -42,7 +46,8 @@ def find_present(config: Config, skill: str) -> Present | None:
         except UnderstudyError:  # a head, or a folder that is broken: the server does not serve it either
             continue
         if reference.kind == "model" and _can(repository, reference.target.model, reference.target.version, task):
-            return Present(reference.target.model, reference.target.version, str(number), reference.lineage)
+            target = reference.target
+            return Present(target.model, target.version, str(number), reference.lineage, reference.metrics, target.sha256)
     for name in (config.skills[skill].student_model, config.skills[skill].base):
         if name and "/" not in name and repository.exists(name) and _can(repository, name, None, task):
             return Present(name, repository.latest(name))

@@ -30,6 +30,7 @@ from trainer.encoders.examples import EMBEDDING, ENTITIES, RELEVANT, SIMILARITY,
 from trainer.encoders.export import Exported, export
 from trainer.encoders.fit import Recipe
 from trainer.encoders.judge import Judge, Judged, compared, verdict
+from trainer.encoders.measure import Interval
 from trainer.encoders.present import Present, find_present
 from trainer.encoders.rows import read_rows
 from trainer.encoders.serving import served_output
@@ -125,6 +126,9 @@ class _Run:
         fingerprint = _fingerprint(found.rows)
         present = find_present(self._config, self._skill)
         if present is not None:
+            if present.lineage.get("job") == context.job:
+                self._finish(present)
+                return
             report.present_version = present.shown
             if present.lineage.get("fingerprint") == fingerprint and present.lineage.get("asked") == method:
                 self._reject(f"version {present.number} was made of the same rows in the same way. Let new traffic pass.")
@@ -136,13 +140,13 @@ class _Run:
         report.method, report.parameters = trial.recipe.method, trial.parameters()
         with Timed(report, "export"):
             exported = self._export(trial, parts)
-        if isinstance(exported, str):
-            self._reject(exported)
-            return
         lineage = {"job": context.job, "dataset": dataset, "fingerprint": fingerprint, "table_version": curated.table_version}
         lineage |= {"asked": method, "method": trial.recipe.method, "seed": context.seed, "sources": dict(curated.sources)}
         lineage |= {"base": report.base, "train_rows": report.train_rows, "held_out_rows": report.held_out_rows}
-        self._prove(exported, parts, present, lineage)
+        if isinstance(exported, str):
+            self._reject(exported)
+        else:
+            self._prove(exported, present, lineage)
         self._clean()
 
     def _enough(self, parts: Parts, found: Examples) -> None:
@@ -211,9 +215,9 @@ class _Run:
             more |= {"pooling": self._source.pooling, "normalize": manifest.normalize}
             more |= {"query_prefix": manifest.query_prefix, "passage_prefix": manifest.passage_prefix}
         judge = Judge(self._task, parts.held_out, parts.documents)
-        return export(self._config, trial, judge, f"{self._skill}-student", texts, more, context)
+        return export(self._config, trial, judge, f"{self._skill}-student", texts, more)
 
-    def _prove(self, exported: Exported, parts: Parts, present: Present | None, lineage: dict[str, Any]) -> None:
+    def _prove(self, exported: Exported, present: Present | None, lineage: dict[str, Any]) -> None:
         report = self._report
         judge = exported.judge
         with Timed(report, "evaluate"):
@@ -229,6 +233,7 @@ class _Run:
                 report.present_accuracy = old.bar.value
                 report.metrics |= {f"present_{old.quality.name}": old.quality.value, "difference": difference.value}
                 report.metrics |= {"difference_low": difference.low, "difference_high": difference.high}
+            report.details = _tables(new, difference, present)
         reason = verdict(new, difference, self._settings.deliver_bar, present.shown if present else "")
         if reason:
             self._reject(reason)
@@ -254,7 +259,8 @@ class _Run:
         self._folder.mkdir(parents=True, exist_ok=True)
         target = Target(model=files.manifest.name, version=files.manifest.version, sha256=digest)
         while True:
-            number = 1 + max(version_numbers(self._folder), default=0)
+            known = [int(one.version) for one in self._registry.adapters(self._skill) if one.version.isdecimal()]
+            number = 1 + max([*version_numbers(self._folder), *known], default=0)
             reference = Reference(
                 kind="model",
                 name=self._skill,
@@ -268,6 +274,15 @@ class _Run:
             )
             with suppress(AlreadyExists):  # another run took the number
                 return write_reference(self._folder / str(number), reference)
+
+    def _finish(self, present: Present) -> None:
+        """Says what the job published before it died."""
+        report = self._report
+        report.state, report.version, report.model = SUCCEEDED, present.number, present.shown
+        report.method, report.metrics = str(present.lineage.get("method", "")), dict(present.metrics)
+        with suppress(FailedPrecondition):  # the registry has it
+            self._registry.add_adapter(Adapter(self._skill, present.number, KIND, report.base, present.sha256, report.metrics, report.job))
+        self._clean()
 
     def _reject(self, reason: str) -> None:
         self._report.state, self._report.reason = REJECTED, reason
@@ -310,6 +325,16 @@ def _fingerprint(rows: Sequence[Example]) -> str:
     """SHA-256 of ids and what is learned from each; equal where a run would learn the same again."""
     lines = sorted(f"{row.id}\t{row.score!r}\t{row.spans!r}\t{row.held_out}\n" for row in rows)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _tables(judged: Judged, difference: Interval | None, present: Present | None) -> dict[str, Any]:
+    """For the job's page."""
+    labels = [{"label": name.partition("/")[2], "f1": value} for name, value in judged.figures.items() if name.startswith("f1/")]
+    found: dict[str, Any] = {"by_label": labels} if labels else {}
+    if difference is not None and present is not None:
+        ends = {"low": difference.low, "high": difference.high}
+        found["paired"] = [{"against": present.shown, "figure": judged.quality.name, "difference": difference.value, **ends}]
+    return found
 
 
 def _interval(judged: Judged) -> dict[str, float]:

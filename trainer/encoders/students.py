@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from server.errors import InvalidArgument
@@ -40,7 +40,8 @@ def recipes(task: str, method: str, rows: int, spec: Mapping[str, Any] | None = 
     epochs = int(given["epochs"] or max(_EPOCHS[task], min(40, -(-_LEAST_STEPS * batch // max(rows, 1)))))
     names = ("lora", "full") if method == "auto" else (method,)
     rates = {name: float(given["learning_rate"] or _RATES[task][name]) for name in names}
-    return [Recipe(name, rates[name], epochs, batch, int(given["accumulate"] or 1)) for name in names]
+    patience = max(3, epochs // 4)  # where rows are few, epochs are short and figures noisy
+    return [Recipe(name, rates[name], epochs, batch, int(given["accumulate"] or 1), patience=patience) for name in names]
 
 
 def _number(spec: Mapping[str, Any], name: str, most: float) -> float | None:
@@ -80,7 +81,7 @@ class Student:
     def __init__(self, task: str, source: Source, context: JobContext, kinds: Sequence[str] = ()) -> None:
         self.task = task
         self.source = source
-        self._context = context
+        self.context = context
         self.tokens = Tokens(source)
         labels = token_labels(kinds) if task == ENTITIES else []
         model = load_model(source, task, labels, context.seed)
@@ -93,11 +94,11 @@ class Student:
             self.learner = Embedder(model, self.tokens, task, device())
 
     def train(self, recipe: Recipe, rows: Sequence[Example], held: Sequence[Example], *, key: str, until: float) -> Trial:
-        """Trains it; see trainer.encoders.fit.fit."""
+        """Trains it until then, of time.monotonic(), at the latest; see trainer.encoders.fit.fit."""
         chosen = self.learner.prepare(rows) if isinstance(self.learner, Embedder) else list(rows)
         if recipe.method == "lora":
             self.learner.model = add_lora(self.learner.model)
-        found = fit(self.learner, chosen, held, recipe, self._context, key=key, until=until)
+        found = fit(self.learner, chosen, held, recipe, replace(self.context, deadline=until), key=key)
         self.learner.model = merged(self.learner.model)
         judge = Judge(self.task, held, [row.pair for row in held])
         return Trial(self, recipe, found, judge.judge(self.output(judge)))
