@@ -2,11 +2,13 @@
 
 Speaks GET /api/models/{id}[/revision/{rev}] (with blobs=true), GET /api/models/{id}/tree/{rev} and
 HEAD/GET /{id}/resolve/{rev}/{file}, with ETag, X-Repo-Commit,
-Content-Range and 206, a redirect to another path for large files, and faults on demand.
+Content-Range and 206, a redirect to another path for large files, and faults on demand. Uploads: POST /api/repos/create,
+/api/validate-yaml, /api/models/{id}/preupload/{rev} (every file is a regular one) and /api/models/{id}/commit/{rev}.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -77,15 +79,52 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:
+    def do_POST(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
-        hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        hub.requests.append((self.command, path, ""))
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if self.refused(path):
+            return None
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            id = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+            hub.models.setdefault(id, {})
+            return self.told({"url": f"https://huggingface.co/{id}", "id": id})  # the client knows no other address here
+        if path == "/api/validate-yaml":
+            return self.told({"errors": [], "warnings": []})
+        id, _, _ = path.removeprefix("/api/models/").partition("/preupload/")
+        if id in hub.models:
+            files = json.loads(body)["files"]
+            return self.told({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]})
+        id, _, _ = path.removeprefix("/api/models/").partition("/commit/")
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                hub.models[id][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return self.told(
+            {"success": True, "commitOid": COMMIT, "commitUrl": f"https://huggingface.co/{id}/commit/{COMMIT}", "hookOutput": ""}
+        )
+
+    def told(self, answer: dict[str, Any]) -> None:
+        self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def refused(self, path: str) -> bool:
+        """Answers with a fault where one is set, or where the token is not the one."""
+        hub = self.hub
         for prefix, (left, status, headers) in list(hub.status.items()):
             if path.startswith(prefix) and left > 0:
                 hub.status[prefix] = (left - 1, status, headers)
-                return self.answer(status, b"{}", headers)
+                self.answer(status, b"{}", headers)
+                return True
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            return self.answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "RepoNotFound"})
+            self.answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "RepoNotFound"})
+            return True
+        return False
+
+    def do_GET(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if self.refused(path):
+            return None
         if path.startswith("/api/models/"):
             id, tree, revision = path.removeprefix("/api/models/").partition("/tree/")
             if tree and id in hub.models:
