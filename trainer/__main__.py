@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UnderstudyError as error:
         print(f"understudy {options.verb}: {error.message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from server.config import Config
-from server.errors import Cancelled, UnderstudyError
+from server.errors import Cancelled, Unavailable, UnderstudyError
 from server.logs import get
 from server.registry.jobs import CANCELLED, FAILED, KINDS, QUEUED, Held, Job, JobError, JobStore
 from server.registry.registry import Registry
@@ -30,6 +30,7 @@ from trainer.report import Report
 # Kind of job -> module and function, imported when the first job of that kind comes.
 _RUNS = {"train": ("trainer.train", "train"), "assess": ("trainer.assess", "assess"), "finetune": ("trainer.hosted.run", "finetune")}
 _DEFAULT_BUDGET_S = 3600.0
+_AGAIN_S = 0.5
 WORK = "work"
 Watch = Callable[[str, int, int], None]
 
@@ -64,13 +65,25 @@ def run_job(config: Config, store: JobStore, job: Job, stop: threading.Event, wa
     with Pulse(store, job, job.holder, config.training.lease_s, folder) as pulse:
         pulse.watch = watch
         pulse.log(f"attempt {job.attempt} by {job.holder}" if job.attempt > 1 else f"begun by {job.holder}")
-        ended = _attempt(config, job, pulse, stop)
+        ended = _published(store, job) or _attempt(config, job, pulse, stop)
         if ended.error is not None:
             pulse.log(f"{ended.error.reason}: {ended.error.message}")
         elif ended.report is not None:
             words = f"version {ended.report.version}" if ended.report.version else ended.report.reason
             pulse.log(f"{ended.state}: {words}" if words else ended.state)
     return _close(config, store, job, ended)
+
+
+def _published(store: JobStore, job: Job) -> Ended | None:
+    """What a trainer published that died before it could say so; it would find its own version in the way."""
+    if job.attempt <= 1 or job.kind != "train":
+        return None
+    made = [one for one in store.registry.adapters(job.skill) if one.job_id == job.id]
+    if not made:
+        return None
+    reason = "published by a trainer that died before it could tell"
+    found = Report(job.skill, job.id, "succeeded", reason, made[0].version, made[0].kind, made[0].base, metrics=dict(made[0].metrics))
+    return Ended(job.id, found.state, found)
 
 
 def _attempt(config: Config, job: Job, pulse: Pulse, stop: threading.Event) -> Ended:
@@ -107,7 +120,7 @@ def _close(config: Config, store: JobStore, job: Job, ended: Ended) -> Ended:
     if ended.state == "lost":
         return ended
     if ended.state == QUEUED:
-        return ended if store.release(job.id, job.holder) else Ended(job.id, "lost")
+        return ended if _told(lambda: store.release(job.id, job.holder), config) else Ended(job.id, "lost")
     report = ended.report.to_json() if ended.report is not None else {}
     try:
         from trainer.page import write_page
@@ -115,9 +128,21 @@ def _close(config: Config, store: JobStore, job: Job, ended: Ended) -> Ended:
         write_page(folder_of(config, job.id), job, ended.state, report, ended.error, store.metrics(job.id))
     except Exception as error:
         get("trainer").error("the job's page was not written", job=job.id, exc_info=error)
-    if not store.end(job.id, job.holder, ended.state, report=report, error=ended.error):
+    if not _told(lambda: store.end(job.id, job.holder, ended.state, report=report, error=ended.error), config):
         return Ended(job.id, "lost", ended.report)
     return ended
+
+
+def _told(tell: Callable[[], bool], config: Config) -> bool:
+    """Tells the registry, again and again for as long as the lease lasts while it does not answer. Raises Unavailable after that."""
+    until = time.monotonic() + config.training.lease_s
+    while True:
+        try:
+            return tell()
+        except Unavailable:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_AGAIN_S)
 
 
 def _function(kind: str) -> Callable[[Config, str, JobContext, Mapping[str, Any]], Report]:

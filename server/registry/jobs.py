@@ -110,7 +110,7 @@ class JobStore:
     """Blocking and thread-safe, as the registry is. `clock` gives milliseconds since 1970. Every method raises Unavailable."""
 
     def __init__(self, registry: Registry, *, clock: Callable[[], int] = now_ms) -> None:
-        self._registry = registry
+        self.registry = registry
         self.clock = clock
 
     def create(self, skill: str, kind: str, spec: Mapping[str, Any] | None = None, *, request_id: str = "") -> Job:
@@ -132,7 +132,7 @@ class JobStore:
 
         from server.registry.schema import JOBS
 
-        with reaching(), self._registry.engine().connect() as connection:
+        with reaching(), self.registry.engine().connect() as connection:
             row = connection.execute(select(JOBS).where(JOBS.c.id == job)).one_or_none()
         if row is None:
             raise JobNotFound(f"There is no job {job[:64]!r}; `understudy jobs list` shows those that there are.", job=job[:64])
@@ -155,7 +155,7 @@ class JobStore:
             query = query.where(JOBS.c.state.in_(states))
         if before is not None:
             query = query.where(tuple_(JOBS.c.create_ms, JOBS.c.id) < before)
-        with reaching(), self._registry.engine().connect() as connection:
+        with reaching(), self.registry.engine().connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
     def cancel(self, job: str) -> Job:
@@ -165,7 +165,7 @@ class JobStore:
         from server.registry.schema import JOBS
 
         now = self.clock()
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             idle = or_(JOBS.c.state == QUEUED, (JOBS.c.state == RUNNING) & (JOBS.c.lease_ms < now))
             ended = {"state": CANCELLED, "cancel": True, "end_ms": now, "holder": ""}
             if not connection.execute(update(JOBS).where(JOBS.c.id == job, idle).values(**ended)).rowcount:
@@ -192,7 +192,7 @@ class JobStore:
         taken = {"state": RUNNING, "holder": holder, "lease_ms": now + int(lease_s * 1000), "heartbeat_ms": now}
         statement = update(JOBS).where(JOBS.c.id == oldest).values(**taken, attempt=JOBS.c.attempt + 1)
         statement = statement.values(start_ms=func.coalesce(JOBS.c.start_ms, now))
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             row = connection.execute(statement.returning(JOBS)).one_or_none()
         return _job(row) if row is not None else None
 
@@ -207,7 +207,7 @@ class JobStore:
         if news.progress:
             values["progress"] = json.dumps(news.progress)
         mine = update(JOBS).where(JOBS.c.id == job, JOBS.c.holder == holder, JOBS.c.state == RUNNING).values(**values)
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             cancel = connection.execute(mine.returning(JOBS.c.cancel)).scalar_one_or_none()
             if cancel is None:
                 return Held.LOST
@@ -235,7 +235,7 @@ class JobStore:
         from server.registry.schema import JOBS
 
         ended = {"state": CANCELLED, "end_ms": self.clock(), "holder": ""}
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             connection.execute(update(JOBS).where(JOBS.c.holder == holder, JOBS.c.state == RUNNING).values(**ended))
 
     def logs(self, job: str, *, after: int = 0, limit: int = 1000) -> list[LogLine]:
@@ -245,7 +245,7 @@ class JobStore:
         from server.registry.schema import JOB_LOGS
 
         query = select(JOB_LOGS).where(JOB_LOGS.c.job_id == job, JOB_LOGS.c.number > after).order_by(JOB_LOGS.c.number).limit(limit)
-        with reaching(), self._registry.engine().connect() as connection:
+        with reaching(), self.registry.engine().connect() as connection:
             return [LogLine(row.number, row.time_ms, row.text) for row in connection.execute(query)]
 
     def metrics(self, job: str, *, names: Sequence[str] = (), limit: int = 100_000, after: tuple[str, int] | None = None) -> list[Point]:
@@ -260,7 +260,7 @@ class JobStore:
             query = query.where(JOB_METRICS.c.name.in_(names))
         if after is not None:
             query = query.where(tuple_(JOB_METRICS.c.name, JOB_METRICS.c.step) > after)
-        with reaching(), self._registry.engine().connect() as connection:
+        with reaching(), self.registry.engine().connect() as connection:
             return [Point(row.name, row.step, row.value, row.time_ms) for row in connection.execute(query)]
 
     def _insert(self, skill: str, kind: str, spec: Mapping[str, Any] | None, request_id: str, more: Mapping[str, Any]) -> Job:
@@ -271,7 +271,7 @@ class JobStore:
         text = json.dumps(dict(spec or {}), sort_keys=True)
         now = self.clock()
         row = {"id": secrets.token_hex(16), "skill": skill, "kind": kind, "spec": text, "create_ms": now, "heartbeat_ms": now, **more}
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             statement = inserting(connection, JOBS).values(**row, request_id=request_id or None).on_conflict_do_nothing()
             made = connection.execute(statement.returning(JOBS)).one_or_none()
             if made is not None:
@@ -298,12 +298,12 @@ class JobStore:
         lost = (JOBS.c.state == RUNNING, JOBS.c.lease_ms < now)
         hopeless = or_(JOBS.c.cancel, JOBS.c.attempt >= max_attempts)
         with reaching():
-            with self._registry.engine().connect() as connection:  # looking is cheap, and mostly there is nothing
+            with self.registry.engine().connect() as connection:  # looking is cheap, and mostly there is nothing
                 if connection.execute(select(JOBS.c.id).where(*lost, hopeless).limit(1)).first() is None:
                     return
             message = f"{max_attempts} trainers died over this job or were not heard of in time; training.max_attempts allows no more."
             error = JobError("UNAVAILABLE", f"{message} Look at their logs and at the memory they had.", {"attempts": str(max_attempts)})
-            with self._registry.engine().begin() as connection:
+            with self.registry.engine().begin() as connection:
                 ended = update(JOBS).where(*lost).values(end_ms=now, holder="")
                 connection.execute(ended.where(JOBS.c.cancel).values(state=CANCELLED))
                 connection.execute(ended.where(JOBS.c.attempt >= max_attempts).values(state=FAILED, error=json.dumps(asdict(error))))
@@ -314,7 +314,7 @@ class JobStore:
         from server.registry.schema import JOBS
 
         mine = update(JOBS).where(JOBS.c.id == job, JOBS.c.holder == holder, JOBS.c.state == RUNNING)
-        with reaching(), self._registry.engine().begin() as connection:
+        with reaching(), self.registry.engine().begin() as connection:
             return connection.execute(mine.values(**values)).rowcount == 1
 
     def _keep(self, connection: Connection, job: str, news: News) -> None:

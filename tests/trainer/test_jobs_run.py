@@ -13,7 +13,7 @@ import pytest
 from server.config import Config, load_config
 from server.errors import TooLittleData
 from server.registry.jobs import Job, JobStore
-from server.registry.registry import Registry
+from server.registry.registry import Adapter, Registry
 from tests.trainer.trainer_process import TrainerProcess, make_workplace
 from tests.trainer_lake import fill, texts
 from trainer import work
@@ -161,6 +161,17 @@ def test_points_that_a_killed_trainer_had_no_time_to_tell_are_told_by_the_next(
 
     assert run(config, store, job, goes_on, monkeypatch).state == "rejected"
     assert [point[:3] for point in store.metrics(job.id)] == [("loss", 1, 0.5), ("loss", 2, 0.26), ("loss", 3, 0.125)]
+
+
+def test_a_trainer_that_died_after_it_published_is_taken_at_its_word(
+    config: Config, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = leased(store, lease_s=-1)
+    store.registry.add_adapter(Adapter("intent", "4", "lora", "embedder@1", "0" * 64, {"accuracy": 0.9}, job.id))
+    again = store.lease("another", 60, max_attempts=3)
+    assert again is not None and again.attempt == 2
+    ended = run(config, store, again, waits_for_the_end, monkeypatch)
+    assert ended.state == "succeeded" and store.get(job.id).report["version"] == "4"
 
 
 def test_the_worker_does_what_waits_and_what_is_due(config: Config, store: JobStore, tmp_path: Path) -> None:
