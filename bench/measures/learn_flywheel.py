@@ -148,9 +148,9 @@ def _unattended(outcome: Outcome) -> tuple[Any, bool]:
 
 
 def _is_back(text: str) -> bool:
-    """Whether a step (see Watch.new_events) is one back, or an alarm."""
-    words = text.lower()
-    return "rolled_back" in words or "held" in words.split("->")[-1] or "drift" in words or "alarm" in words
+    """Whether an event (see Watch.new_events) is a step back, or an alarm, which leads from a stage to the same."""
+    before, _, after = text.partition(": ")[2].partition(" (")[0].partition(" -> ")
+    return before == after or after in ("rolled_back", "held")
 
 
 def _steps_from(outcome: Outcome, day: int) -> list[str]:
