@@ -19,7 +19,7 @@ FIRST = {"lr": 1e-2, "epochs": 2}
 
 
 def hill(parameters: Mapping[str, Any], name: str) -> float:
-    return -abs(parameters["epochs"] - 6) - abs(float(parameters["lr"]) - 1e-3)
+    return -abs(float(parameters["epochs"]) - 6) - abs(float(parameters["lr"]) - 1e-3)
 
 
 def test_it_begins_with_what_is_known_and_finds_better(tmp_path: Path) -> None:

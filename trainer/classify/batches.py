@@ -20,27 +20,27 @@ _POOL = 16
 def epoch_batches(lengths: IntArray, classes: IntArray, *, size: int, views: int, seed: tuple[int, int]) -> list[IntArray]:
     """Indices int64[<= size] of every batch of an epoch; each row comes once. `seed`: of the run and the epoch.
 
-    With `views` > 1 rows are drawn in groups of one class, so that each finds another of its class in its batch.
+    With `views` > 1 rows are drawn in groups of one class, so that nearly each finds another of its class in its batch.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
-    if views > 1:
-        order = _grouped(order, classes, views, rng)
+    groups = _groups(order, classes, views, rng) if views > 1 else [order[at : at + 1] for at in range(len(order))]
     batches: list[IntArray] = []
-    for start in range(0, len(order), size * _POOL):
-        pool = order[start : start + size * _POOL]
-        if views == 1:
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[at : at + size] for at in range(0, len(pool), size)]
+    at_once = size * _POOL // views
+    for start in range(0, len(groups), at_once):
+        pool = sorted(groups[start : start + at_once], key=lambda group: int(lengths[group].max()))
+        rows = np.concatenate(pool)
+        batches += [rows[at : at + size] for at in range(0, len(rows), size)]
     return [batches[at] for at in rng.permutation(len(batches))]
 
 
-def _grouped(order: IntArray, classes: IntArray, views: int, rng: np.random.Generator) -> IntArray:
+def _groups(order: IntArray, classes: IntArray, views: int, rng: np.random.Generator) -> list[IntArray]:
+    """The rows in groups of one class, in a random order; what is left over of a class is a smaller group."""
     groups: list[IntArray] = []
     for label in np.unique(classes):
         mine = order[classes[order] == label]
         groups += [mine[at : at + views] for at in range(0, len(mine), views)]
-    return np.concatenate([groups[at] for at in rng.permutation(len(groups))])
+    return [groups[at] for at in rng.permutation(len(groups))]
 
 
 class TokenTable:
