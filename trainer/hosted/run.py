@@ -130,7 +130,7 @@ def finetune(config: Config, skill: str, context: JobContext, spec: Mapping[str,
         provider = _provider(config, skill, name)
         hosted = around.open(name, provider)
         try:
-            return _Run(config, skill, context, spec, hosted, registry, around).run()
+            return _Run(_Job(config, skill, context, spec), hosted, registry, around).run()
         finally:
             hosted.close()
     finally:
@@ -163,26 +163,25 @@ def plan(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any
     return Plan(name, model, epochs, price, file, curated, found, warnings)
 
 
+@dataclass(slots=True, frozen=True)
+class _Job:
+    config: Config
+    skill: str
+    context: JobContext
+    spec: Mapping[str, Any]
+
+
 class _Run:
-    def __init__(
-        self,
-        config: Config,
-        skill: str,
-        context: JobContext,
-        spec: Mapping[str, Any],
-        hosted: HostedTrainer,
-        registry: Registry,
-        around: Around,
-    ) -> None:
-        self._config = config
-        self._skill = skill
-        self._context = context
-        self._spec = spec
+    def __init__(self, job: _Job, hosted: HostedTrainer, registry: Registry, around: Around) -> None:
+        self._config = job.config
+        self._skill = job.skill
+        self._context = job.context
+        self._spec = job.spec
         self._hosted = hosted
         self._registry = registry
         self._around = around
-        self._state = State.read(context.folder)
-        self._report = Report(skill, context.job, method=METHOD)
+        self._state = State.read(job.context.folder)
+        self._report = Report(job.skill, job.context.job, method=METHOD)
 
     def run(self) -> Report:
         context, state = self._context, self._state
