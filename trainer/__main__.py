@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 # Read by OpenBLAS when NumPy is first imported. Its threads spin while they wait: beside a busy server on few cores a product of these
 # sizes takes thirty times as long with two of them as with one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Read by OpenMP, torch's threads, for the same reason.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Its own telemetry setting, before anything imports it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 

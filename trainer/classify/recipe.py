@@ -20,7 +20,8 @@ class Recipe:
 
     `contrastive`: weight of the supervised contrastive loss (Khosla et al. 2020), at `tau`. `rdrop`: weight of the divergence between two
     passes under dropout (Liang et al. 2021); 0: one pass. `average`: of the weights over steps (0: none). `rank`: of LoRA. `views`: rows
-    of one label that a batch draws together, 1: none. `patience`: epochs without a better validation that end the training.
+    of one label that a batch draws together, 1: none. `named`: the labels' own words are rows too. `patience`: epochs without a better
+    validation that end the training.
     """
 
     method: str = FULL
@@ -41,6 +42,7 @@ class Recipe:
     average: float = 0.995
     rank: int = 16
     views: int = 1
+    named: bool = False
     patience: int = 3
     max_tokens: int = 128
     validated: float = 0.0
@@ -60,7 +62,7 @@ def recipe_for(method: str, rows: int, labels: int, *, seed: int = 0) -> Recipe:
     few = rows < FEW_A_LABEL * labels
     recipe = Recipe(method=method, seed=seed, validated=VALIDATED if rows >= MIN_VALIDATED else 0.0)
     if few:
-        recipe = replace(recipe, epochs=20, batch=32, lr=1e-4, contrastive=1.0, views=2, average=0.98)
+        recipe = replace(recipe, epochs=10, lr=1e-4, contrastive=1.0, tau=0.1, views=2, average=0.9, named=True)
     if method == LORA:
         recipe = replace(recipe, lr=10 * recipe.lr)
     return recipe

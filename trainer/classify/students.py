@@ -122,11 +122,14 @@ def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Any:
     data = work.data
     source = find_source(work.config, work.config.skills[work.skill].base)
     student = encoder.open_student(source, len(data.labels), recipe)
-    tokens = TokenTable(source.tokenizer, data.texts, min(recipe.max_tokens, source.manifest.max_tokens))
+    names = [label.replace("_", " ").replace("-", " ") for label in data.labels] if recipe.named else []
+    tokens = TokenTable(source.tokenizer, [*data.texts, *names], min(recipe.max_tokens, source.manifest.max_tokens))
     validated = data.validated(recipe.validated)
-    trained = np.flatnonzero(~data.held_out & ~validated)
-    encoder.start_head(student, student.embed(tokens, trained), data.classes[trained])
-    rows = Rows(tokens, data.classes, data.weights, trained, np.flatnonzero(validated))
+    trained = np.append(np.flatnonzero(~data.held_out & ~validated), np.arange(len(data.rows), len(data.rows) + len(names)))
+    classes = np.append(data.classes, np.arange(len(names)))
+    weights = np.append(data.weights, np.ones(len(names), np.float32)).astype(np.float32)
+    encoder.start_head(student, student.embed(tokens, trained), classes[trained])
+    rows = Rows(tokens, classes, weights, trained, np.flatnonzero(validated))
     training = Training(student, rows, recipe, work.context, name)
     training.run()
     return source, student, tokens, training
