@@ -114,7 +114,7 @@ kernels = Extension(
 setup(
     packages=[*find_packages(include=["server*", "native*", "trainer*"]), *find_packages("clients/python", include=["understudy*"])],
     package_dir={"understudy": "clients/python/understudy"},
-    package_data={"": ["*.pyi", "py.typed", "*.json", "*.toml", "*.txt"]},
+    package_data={"": ["*.pyi", "py.typed", "*.json", "*.toml", "*.txt", "*.yaml"]},
     exclude_package_data={"": ["*.c", "*.h", "*.pyx", "*.pxd"]},
     include_package_data=False,
     ext_modules=[*cython_modules(), kernels],
