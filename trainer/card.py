@@ -13,6 +13,7 @@ from trainer.report import Report
 CARD = "README.md"
 # Metrics that a reader outside needs; the rest stands in the report.
 _SHOWN = ("accuracy", "local_share", "local_accuracy", "local_right_estimate", "teacher_accuracy_estimate", "ece", "parity_agreement")
+_SHOWN += ("agreement", "f1", "concordance", "ndcg", "mrr", "parity/agreement")
 _MEANING = {
     "accuracy": "agreement with the teacher on held-out rows",
     "local_share": "share of held-out rows whose quality reaches the bar",
@@ -21,6 +22,12 @@ _MEANING = {
     "teacher_accuracy_estimate": "estimated accuracy of the teacher's labels",
     "ece": "expected calibration error of the agreement, cross-fitted",
     "parity_agreement": "equal labels of the exported file and the trained model",
+    "agreement": "share of held-out rows with the wanted answer",
+    "f1": "micro F1 of exact entities",
+    "concordance": "share of pairs of rows that are ordered as wanted",
+    "ndcg": "nDCG@10",
+    "mrr": "reciprocal rank of the first relevant one, among 10",
+    "parity/agreement": "how far the exported file answers as the trained model",
 }
 
 

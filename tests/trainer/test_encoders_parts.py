@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from server.errors import Cancelled
 from trainer.context import JobContext
 from trainer.curate.rows import Row
 from trainer.encoders import examples, measure
+from trainer.encoders.contrastive import Embedder
 from trainer.encoders.examples import Example, read_entities, read_pair, read_score
 from trainer.encoders.fit import CHECKPOINT, Fit, Recipe, fit
 from trainer.encoders.judge import Judge, compared, verdict
@@ -270,3 +272,57 @@ def test_early_stopping_keeps_the_best_weights_and_time_ends_it(tmp_path: Path) 
     assert learner.weights() == learner.kept
     late = fit(Line(), NUMBERS[:60], NUMBERS[60:], RECIPE, JobContext("j", tmp_path / "b", deadline=-1.0))
     assert (late.steps, late.ended) == (0, "the time was up")
+
+
+class Table(torch.nn.Module):
+    """A vector for each text, in the form of an encoder with one token."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.places = {text: place for place, text in enumerate(texts)}
+        self.vectors = torch.nn.Embedding(len(texts), 8)
+        self.pooling, self.query_prefix, self.passage_prefix = "mean", "", ""
+
+    def forward(self, ids: Any, attention_mask: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=self.vectors(ids)[:, None, :])
+
+    def encode(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts
+
+    def tensors(self, texts: Sequence[str], device: str) -> dict[str, Any]:
+        return {"ids": torch.tensor([self.places[text] for text in texts]), "attention_mask": torch.ones(len(texts), 1)}
+
+
+def embedder(task: str, rows: Sequence[Example]) -> Embedder:
+    table = Table(sorted({text for row in rows for text in (row.text, row.pair)}))
+    return Embedder(table, table, task, "cpu")  # type: ignore[arg-type]
+
+
+def test_infonce_is_its_formula_and_spares_what_is_right_too() -> None:
+    rows = [Example("1", "a", "x", 1.0), Example("2", "b", "x", 1.0), Example("3", "c", "y", 1.0), Example("4", "a", "z", 0.0)]
+    learner = embedder(examples.EMBEDDING, rows)
+    chosen = learner.prepare(rows)
+    assert [row.id for row in chosen] == ["1", "2", "3"]
+    with torch.no_grad():
+        got = float(learner.loss(chosen))
+    cosine = learner.matrix(["a", "b", "c"], ["x", "y", "z"]).astype(np.float64) * 20
+    # "x" stands twice in the batch, and is right for both; the hard negatives are "z", known as wrong for "a", and what the table has nearest.
+    extra = [learner._wrong[query][0] for query in ("a", "b", "c") if query in learner._wrong]
+    assert extra[0] == "z"
+    wanted = 0.0
+    for place, own in enumerate("xxy"):
+        others = [document for document in ["x", "x", "y", *extra] if document != own]
+        logits = np.array([cosine[place]["xyz".index(document)] for document in [own, *others]])
+        wanted += float(np.log(np.exp(logits - logits[0]).sum())) / 3
+    assert got == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", [examples.EMBEDDING, examples.SIMILARITY])
+def test_vectors_of_what_belongs_together_are_drawn_near(tmp_path: Path, task: str) -> None:
+    rows = [Example(f"{q}{d}", f"query {q}", f"document {d}", float(q % 4 == d)) for q in range(16) for d in range(4) if q % 4 >= d - 1]
+    learner = embedder(task, rows)
+    before = learner.validate(rows)
+    recipe = Recipe("full", 0.05, epochs=15, batch=8, patience=15)
+    found = fit(learner, learner.prepare(rows), rows, recipe, JobContext("j", tmp_path, checkpoint_s=1e9))
+    assert before < 0.75 and found.best > (0.99 if task == examples.EMBEDDING else 0.8)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from server.config import Config
-from server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkillNotFound, TooLittleData, near_names
+from server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkillNotFound, TooLittleData, UnderstudyError, near_names
 from server.registry.registry import Adapter, ModelRecord, Registry
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.references import Reference, Target, write_reference
 from server.runtime.repository import ModelFiles, Repository
 from server.runtime.verify import MODEL
+from trainer import card
 from trainer.classify.source import Source, find_source
 from trainer.context import JobContext
 from trainer.curate.rows import Row, normalised
@@ -52,7 +53,7 @@ _NEEDED = ("torch", "transformers", "peft")
 def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any]) -> Report:
     """Trains a student for a skill of the tasks in trainer.encoders.examples.TASKS, and publishes it where it passes.
 
-    `spec`: "method" ("auto", "lora", "full"; default: the skill's), "seed", and what trainer.encoders.students.recipes takes.
+    `spec`: "method" ("auto", "lora", "full"; default: the skill's), "seed", "hub_repo", and what trainer.encoders.students.recipes takes.
 
     Raises:
         SkillNotFound, FailedPrecondition, ModelNotFound: no such skill, no base, its torch weights or a package are missing.
@@ -147,6 +148,7 @@ class _Run:
             self._reject(exported)
         else:
             self._prove(exported, present, lineage)
+            self._tell(lineage, str(spec.get("hub_repo") or ""))
         self._clean()
 
     def _enough(self, parts: Parts, found: Examples) -> None:
@@ -274,6 +276,24 @@ class _Run:
             )
             with suppress(AlreadyExists):  # another run took the number
                 return write_reference(self._folder / str(number), reference)
+
+    def _tell(self, lineage: Mapping[str, Any], hub_repo: str) -> None:
+        """Writes the card into the job's folder, and pushes what was published to the Hub where the job says so."""
+        report = self._report
+        if find_spec("huggingface_hub") is None:
+            return
+        made_of = card.Lineage(lineage["dataset"], lineage["fingerprint"], lineage["table_version"], self._source.manifest.license)
+        path = card.write_card(self._context.folder, report, self._task, made_of)
+        report.card = str(path)
+        if not hub_repo or report.state != SUCCEEDED:
+            return
+        name, _, version = report.model.partition("@")
+        folders = {"student": self._folder / report.version, "model": self._models / name / version}
+        try:
+            self._context.log(f"pushed to {card.push(hub_repo, folders, path)}")
+        except UnderstudyError as error:  # the student serves all the same
+            self._context.log(f"not pushed: {error.message}")
+            report.details["hub"] = error.message
 
     def _finish(self, present: Present) -> None:
         """Says what the job published before it died."""
