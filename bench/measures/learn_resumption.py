@@ -55,7 +55,7 @@ def _measure(case: Case, rng: random.Random) -> dict[str, Any]:
         before = files(new / "models")
         whole = _run(new, Path(folder), case, before, None)
         steps = sum(name.endswith("/loss") for name, _, _ in whole["curve"])
-        runs = []
+        runs: list[dict[str, Any]] = []
         while len(runs) < KILLS:
             run = _run(new, Path(folder), case, before, rng.randint(2, max(3, steps - 2)))
             if run["killed_at"] is not None:
