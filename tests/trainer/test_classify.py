@@ -193,6 +193,8 @@ def test_a_job_publishes_the_encoder_first_and_its_head_on_it(workplace: Path) -
 
 def test_the_ladder_stops_at_the_cheapest_that_reaches_the_bar(workplace: Path) -> None:
     fill(workplace / "lake", texts(400, 1))
+    with (workplace / "understudy.toml").open("a") as file:
+        file.write("deliver_bar = 0.5\nsecond_try_bar = 0.4\n")
     easy = run(workplace)
     assert easy.method == "linear-head" and [entry["method"] for entry in easy.tried] == ["linear-head"] and easy.tried[0]["reaches"]
 

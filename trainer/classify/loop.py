@@ -6,6 +6,7 @@ checkpoint. On a CPU a run that was killed therefore ends with the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -39,6 +40,13 @@ class Rows:
     weights: FloatArray
     trained: IntArray
     validated: IntArray
+
+    def digest(self) -> str:
+        """Of everything that a training sees: a checkpoint of other rows is none of this run."""
+        found = hashlib.sha256()
+        for array in (self.classes, self.weights, self.trained, self.validated, self.tokens.lengths, *self.tokens.ids):
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
 
 @dataclass(slots=True)
@@ -74,6 +82,7 @@ class Training:
         self._average = [p.detach().clone() for p in self._parameters] if recipe.average else []
         self._best: list[Tensor] = []
         self._at = Progress()
+        self._digest = rows.digest()
         self._steps_an_epoch = math.ceil(len(rows.trained) / recipe.batch)
         self._saved = time.monotonic()
 
@@ -206,7 +215,7 @@ class Training:
         state: dict[str, Any] = {
             "format": _FORMAT,
             "recipe": self._recipe.to_json(),
-            "rows": len(self._rows.trained),
+            "rows": self._digest,
             "parameters": [p.detach() for p in self._parameters],
             "average": self._average,
             "best": self._best,
@@ -227,12 +236,7 @@ class Training:
     def _resume(self) -> None:
         """Goes on where the checkpoint is, if it is one of this very run."""
         state = _read(self._path)
-        if (
-            state is None
-            or state["format"] != _FORMAT
-            or state["recipe"] != self._recipe.to_json()
-            or state["rows"] != len(self._rows.trained)
-        ):
+        if state is None or state["format"] != _FORMAT or state["recipe"] != self._recipe.to_json() or state["rows"] != self._digest:
             return
         self._take(state["parameters"])
         self._average = [value.to(self._device) for value in state["average"]]
