@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 
+from server.config import load_config
 from server.errors import FailedPrecondition, InvalidArgument
 from server.lake import table
 from server.lake.ids import IdKey
 from server.lake.log import Log
 from server.lake.schema import FEEDBACK, INTERACTIONS
+from server.registry.keys import UserKeys
+from server.registry.registry import Registry
 from server.routing.skills import Skill
 from trainer.curate import __main__ as command
 from trainer.curate import files
 from trainer.curate.asking import conversation
+from trainer.curate.pipeline import curate
 from trainer.curate.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,3 +179,22 @@ def test_the_commands_work_on_a_lake(workplace: Path, capsys: pytest.CaptureFixt
     assert command.main(["curate", "reply", "--set", "nonsense"]) == 1
     problems = capsys.readouterr().err
     assert "There is no skill 'nobody'" in problems and "has no value" in problems and "Traceback" not in problems
+
+
+def test_nothing_of_an_erased_user_is_learnt_from(workplace: Path) -> None:
+    config = load_config(workplace / "understudy.toml", environ={})
+    key = IdKey.open(workplace / "lake" / "id.key")
+    log = Log(workplace / "lake" / "log" / INTERACTIONS)
+    for user in ("ada", "bob"):
+        record = {"time_ns": 10**18, "interaction_id": key.new(), "skill": "reply", "input_kind": "text", "user_hash": key.pseudonym(user)}
+        log.append([{**record, "input": f"{user} asks", "teacher_text": "yes", "training_allowed": True, "source_model": "big"}])
+    log.close()
+    table.convert(workplace / "lake", INTERACTIONS)
+    registry = Registry(config.registry)
+    before = curate(config, "reply", None, registry)
+    UserKeys(registry).erase(key.pseudonym("ada"))
+    after = curate(config, "reply", None, registry)
+    registry.close()
+    gone = {row.text for row in before.rows} - {row.text for row in after.rows}
+    assert gone == {"ada asks"} and after.read == before.read - 1 and after.fingerprint != before.fingerprint
+    assert {row.group for row in after.rows} == {"", key.pseudonym("bob")}

@@ -107,6 +107,7 @@ def test_the_skills_base_is_asked_where_it_has_one_and_words_where_it_fails() ->
 
     found = refine(made, Task(LABELS, embed), CurationConfig(**PLAIN))
     assert asked == [300] and errors(found).notes["features"] == "base@1"
+    assert found.base == "base@1" and len(found.vectors) == 295, "for whoever needs them next"
 
     def refuse(texts: Sequence[str], progress: Callable[[int, int], None], /) -> tuple[str, Any, list[int]]:
         from server.errors import ModelNotFound

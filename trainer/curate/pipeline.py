@@ -264,5 +264,8 @@ class _Run:
             except UnderstudyError:
                 pass  # the training that needs the base says what is wrong with it; words will do here
             else:
-                return vectors, [rows[place] for place in kept], base
+                left = [rows[place] for place in kept]
+                self.curated.base = base
+                self.curated.vectors = {row.interaction_id: vector for row, vector in zip(left, vectors, strict=True)}
+                return vectors, left, base
         return noise.hashed(texts), rows, "hashed words"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from server.core import FloatArray
+
 # One text in five is held out. By a hash of the text itself, so that no later run, with whatever data, trains on it.
 HELD_OUT_ONE_IN = 5
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -59,7 +61,11 @@ class Step:
 
 @dataclass(slots=True)
 class Curated:
-    """What is left, what fell away and why, and where the teachers' words come from."""
+    """What is left, what fell away and why, and where the teachers' words come from.
+
+    `vectors`: float32[H] of rows' texts by interaction, as the search for label errors had them from `base`, "name@version", so that
+    nobody has to embed them again; empty where there was none.
+    """
 
     rows: list[Row] = field(default_factory=list)
     read: int = 0
@@ -67,6 +73,8 @@ class Curated:
     sources: Counter[str] = field(default_factory=Counter)
     table_version: int = 0
     steps: list[Step] = field(default_factory=list)
+    base: str = ""
+    vectors: dict[str, FloatArray] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
