@@ -54,7 +54,8 @@ class RolloutEvent:
 @dataclass(slots=True, frozen=True)
 class Change:
     """A step to be written: the row as it shall be, the revision that it was decided on (0: there was none), what is told of it, and which
-    version each alias means from now on ("" takes an alias away).
+    version each alias means from now on ("" takes an alias away). `about`: the version that went from stage to stage, which after a step
+    back is not the one that answers.
     """
 
     row: StoredRollout
@@ -64,7 +65,8 @@ class Change:
     reason: str
     evidence: Mapping[str, Any]
     aliases: Mapping[str, str]
-    event: bool = True
+    to_stage: str
+    about: str
 
 
 class RolloutTable:
@@ -100,10 +102,9 @@ class RolloutTable:
                     where = (ROLLOUTS.c.skill == row.skill) & (ROLLOUTS.c.revision == change.was)
                     if not connection.execute(ROLLOUTS.update().where(where).values(**values)).rowcount:
                         return False
-                if change.event:
-                    event = {"id": secrets.token_hex(16), "skill": row.skill, "time_ms": now, "actor": change.actor[:128]}
-                    event |= {"from_stage": change.from_stage, "to_stage": shown(row.stage, row.percent), "student": row.student}
-                    connection.execute(ROLLOUT_EVENTS.insert().values(**event, reason=change.reason, evidence=json.dumps(change.evidence)))
+                event = {"id": secrets.token_hex(16), "skill": row.skill, "time_ms": now, "actor": change.actor[:128]}
+                event |= {"from_stage": change.from_stage, "to_stage": change.to_stage, "student": change.about}
+                connection.execute(ROLLOUT_EVENTS.insert().values(**event, reason=change.reason, evidence=json.dumps(change.evidence)))
                 for alias, version in change.aliases.items():
                     _set_alias(connection, row.skill, alias, version, now)
                 epoch = int(row.state.get("epoch", 0))

@@ -22,7 +22,6 @@ from server.routing.rollout_agreement import agrees
 from server.routing.rollout_book import RolloutBook
 from server.routing.rollout_live import Seen
 from server.routing.rollout_probes import Probe, Probes
-from server.routing.rollout_watch import WORDS
 from server.routing.skills import Standing
 
 _log = logging.getLogger(__name__)
@@ -167,8 +166,7 @@ class Afterwards:
         assert self._rollouts is not None, "take() looks"
         skill, version = done.brief.skill.name, done.standing.student
         cause = await self._probes.diagnose(done.brief, version, dict.fromkeys(signs, 1)) if self._probes is not None else "unknown"
-        what = "; ".join(WORDS.get(sign, sign) for sign in signs)
-        self._rollouts.alarm(skill, version, signs, f"drift alarm: {what}. {cause}")
+        self._rollouts.alarm(skill, version, signs, cause)
 
     def _count(self, done: Done, item: Item, compared: bool) -> None:
         assert self._rollouts is not None, "take() looks"

@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,10 +24,12 @@ from server.routing import rollout as machine
 from server.routing.rollout import AUTO, Rollout, Verdict
 from server.routing.rollout_evidence import Evidence, total
 from server.routing.rollout_live import Live, Seen
-from server.routing.rollout_watch import AGREEMENT
+from server.routing.rollout_watch import AGREEMENT, TEACHER_CHANGED, WORDS
 from server.routing.skills import Skill, SkillBook, Standing, Student, Students, student_of
 from server.settings import RolloutConfig
 
+# So long a suspended student's fate waits for what is found out about the cause, in seconds.
+_LOOKING_S = 8.0
 # The most that a target's own sampling error may add to the margin.
 _MOST_ERROR = 0.05
 _INCONCLUSIVE = 6  # times min_comparisons, in one stage: after so many a student that neither goes on nor back makes way for a newer one
@@ -140,12 +143,15 @@ class RolloutBook:
         found, live.signs = tuple(dict.fromkeys(live.signs)), []
         return found
 
-    def alarm(self, skill: str, version: str, kinds: Sequence[str], words: str) -> None:
-        """Something changed: it is logged, shown, and written into the audit trail with the next look."""
+    def alarm(self, skill: str, version: str, kinds: Sequence[str], cause: str) -> None:
+        """Something changed, and why: it is logged, shown, and written into the audit trail with the next look."""
+        words = f"drift alarm: {'; '.join(WORDS.get(kind, kind) for kind in kinds)}. {cause}"
         live = self._live.get(skill)
         if live is None:
             return
         live.alarm(words)
+        if AGREEMENT in kinds and live.suspended and version == live.rollout.student:
+            live.cause = cause
         stage = shown(live.rollout.stage, live.rollout.percent)
         self._alarms.append((skill, stage, version, words, {"signs": list(kinds), "requests": live.mine.requests}))
         self._log.warning("rollout alarm", skill=skill, student=version, alarm=words)
@@ -162,7 +168,9 @@ class RolloutBook:
         why = live.suspended or live.champion_suspended
         student = live.rollout.student if live.suspended else live.rollout.champion
         self._log.warning("student suspended", skill=skill, student=student, reason=why)
-        live.signs.append(AGREEMENT)
+        if live.suspended and live.proven:
+            live.signs.append(AGREEMENT)
+            live.looking_until = time.monotonic() + _LOOKING_S
         self._wake.set()
 
     # The loop.
@@ -258,7 +266,7 @@ class RolloutBook:
         live = self._live[name]
         now, seen = live.rollout, live.seen()
         if live.suspended:
-            return self._change(name, machine.roll_back(now, live.suspended), AUTO, live.suspended, seen)
+            return self._back(name, live)
         if live.champion_suspended and now.champion:
             return self._change(name, machine.drop_champion(now, live.champion_suspended), AUTO, live.champion_suspended, seen)
         if now.paused:
@@ -274,6 +282,17 @@ class RolloutBook:
         if verdict.step == "rollback":
             return self._change(name, machine.roll_back(now, verdict.reason), AUTO, verdict.reason, seen, verdict)
         return None
+
+    def _back(self, name: str, live: Live) -> Change | None:
+        """The suspended student goes, unless it is the teacher that changed: then who is right is for a person to say. While that is
+        looked into the student stays suspended.
+        """
+        if not live.cause and time.monotonic() < live.looking_until:
+            return None
+        why = f"{live.suspended}; {live.cause}" if live.cause else live.suspended
+        if live.cause.startswith(TEACHER_CHANGED):
+            return self._change(name, machine.hold(live.rollout, f"held: {why}"), AUTO, f"held: {why}", live.seen())
+        return self._change(name, machine.roll_back(live.rollout, why), AUTO, why, live.seen())
 
     def _newest(self, name: str, now: Rollout, compared: int) -> Student | None:
         """The newest version that may answer, where it is newer than all that were there. It waits while another is in its canary: else
@@ -305,14 +324,15 @@ class RolloutBook:
             SHADOW: after.student if after.stage == machine.SHADOW else "",
         }
         before = shown(live.rollout.stage, live.rollout.percent)
-        return Change(row, live.revision, actor, before, reason, evidence, aliases)
+        gone = [one for one in after.refused if one not in live.rollout.refused]
+        to = machine.ROLLED_BACK if gone else shown(after.stage, after.percent)
+        return Change(row, live.revision, actor, before, reason, evidence, aliases, to, gone[-1] if gone else after.student)
 
     def _took(self, name: str, change: Change) -> None:
         live = self._live[name]
-        before = live.rollout
         live.become(Rollout.from_json(change.row.state), change.row.revision)
         now = live.rollout
-        step = "rolled_back" if len(now.refused) > len(before.refused) else shown(now.stage, now.percent)
+        step = change.to_stage
         level = self._log.warning if step == "rolled_back" else self._log.info
         level(
             "rollout", skill=name, student=now.student, before=change.from_stage, stage=shown(now.stage, now.percent), reason=change.reason

@@ -27,6 +27,8 @@ _MOST_REMEMBERED = 20_000
 # Of the comparisons, so many may be overruled by people's corrections: whoever corrects may err, or mean harm.
 _MOST_CORRECTED, _FEW_CORRECTED = 0.1, 3
 _MOST_ALARMS = 8
+# Comparisons of earlier stages after which a student was good once.
+_PROVEN = 100
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class Live:
     dirty: bool = False
     suspended: str = ""
     champion_suspended: str = ""
+    looking_until: float = 0.0  # monotonic; so long a suspension waits for what is found out about it
+    cause: str = ""  # what was found out
     signs: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
     _burst: int = 0
@@ -86,7 +90,7 @@ class Live:
         if rollout.epoch != self.rollout.epoch or rollout.student != self.rollout.student:
             self.mine, self.others, self.dirty = Evidence(), Evidence(), False
             self._burst = self._suspicious_until = 0
-            self.suspended = ""
+            self.suspended = self.cause = ""
             past = rollout.past
             reference = Reference(past.labels, past.qualities, (past.thumbs_up, past.thumbs_down))
             self._watch = Watch(reference, self.config.drift_window, self.config.alpha)
@@ -95,7 +99,7 @@ class Live:
         if rollout.champion != self.rollout.champion:
             self.champion_suspended = ""
         if rollout.paused:
-            self.suspended = self.champion_suspended = ""
+            self.suspended = self.champion_suspended = self.cause = ""
         self.rollout, self.revision = rollout, revision
 
     # How often the teacher is asked.
@@ -176,6 +180,11 @@ class Live:
             self._suspicious_until = self.mine.requests + SUSPICIOUS_REQUESTS
             self.signs.append(kind)
             self.alarm(WORDS[kind])
+
+    @property
+    def proven(self) -> bool:
+        """Whether the student has kept its promise for a while: if it does not any more, something changed."""
+        return self.rollout.stage == machine.FULL or self.rollout.past.compared >= _PROVEN
 
     def alarm(self, words: str) -> None:
         """Shows what a person may want to look at."""

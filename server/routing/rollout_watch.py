@@ -9,14 +9,16 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from server.routing.rollout_bounds import evidence_above, same_distribution
+from server.routing.rollout_bounds import evidence_of_change, same_distribution
 
 # Look k of a kind is taken at alpha * 6 / (pi^2 k^2): however many looks there are, all false alarms together stay below alpha.
 _SUM = 0.6079
 # Fewer answers are no reference, and fewer thumbs tell nothing of what is usual.
 _LEAST_REFERENCE, _LEAST_THUMBS = 100, 20
+_THUMBS_BLOCK, _MOST_THUMBS_BLOCKS = 5, 40
 _USUAL_DOWN = 0.25  # share of thumbs down that is usual where nothing is known: some people press the wrong one
 LABELS, QUALITY, THUMBS, AGREEMENT = "labels", "quality", "thumbs", "agreement"
+TEACHER_CHANGED = "the teacher changed"
 WORDS = {
     AGREEMENT: "the student agrees with its teacher less than was promised, or its answers fail",
     LABELS: "what the student answers is distributed otherwise than before",
@@ -52,7 +54,8 @@ class Watch:
         self._learnt: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._looks: dict[str, int] = {}
         self._every = max(window // 10, 10)
-        self.thumbs = [0, 0]
+        self._thumbs: list[tuple[int, int]] = []  # thumbs of consecutive stretches, and how many were up
+        self._thumbs_forgotten = 0
 
     def saw(self, label: str | None, quality: float | None) -> list[str]:
         """An answer of the student; returns the kinds of signs that are new with it."""
@@ -69,7 +72,12 @@ class Watch:
 
     def thumb(self, up: bool) -> list[str]:
         """A thumb for an answer of the student."""
-        self.thumbs[not up] += 1
+        if not self._thumbs or self._thumbs[-1][0] >= _THUMBS_BLOCK:
+            self._thumbs.append((0, 0))
+            if len(self._thumbs) > _MOST_THUMBS_BLOCKS:
+                del self._thumbs[0]
+                self._thumbs_forgotten += 1
+        self._thumbs[-1] = (self._thumbs[-1][0] + 1, self._thumbs[-1][1] + up)
         before_up, before_down = self.reference.thumbs
         known = before_up + before_down
         # One standard deviation above what was seen before: that is an estimate too.
@@ -77,7 +85,7 @@ class Watch:
         if known >= _LEAST_THUMBS:
             share = (before_down + 1) / (known + 2)
             usual = min(share + (share * (1 - share) / known) ** 0.5, 0.9)
-        sign = evidence_above(sum(self.thumbs), self.thumbs[1], usual) >= 1.0 / self._alpha
+        sign = evidence_of_change(self._thumbs, 1.0 - usual, self._thumbs_forgotten) >= 1.0 / self._alpha
         return [THUMBS] if sign and self._tell(THUMBS) else []
 
     def _learn(self, label: str, sure: str) -> None:
@@ -124,5 +132,5 @@ def cause(student_same: int, teacher_same: int, asked: int, signs: Mapping[str, 
     if asked - student_same > allowed:
         return f"the student changed: it answers {asked - student_same} of {asked} old inputs otherwise than before"
     if asked - teacher_same > allowed:
-        return f"the teacher changed: it answers {asked - teacher_same} of {asked} old inputs otherwise than before"
+        return f"{TEACHER_CHANGED}: it answers {asked - teacher_same} of {asked} old inputs otherwise than before"
     return f"inputs changed: both answer {asked} old inputs as before"

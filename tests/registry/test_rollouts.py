@@ -29,7 +29,8 @@ def skill(request: pytest.FixtureRequest) -> str:
 
 def step(skill: str, was: int, stage: str = "shadow", percent: int = 0, **more: Any) -> Change:
     row = StoredRollout(skill, stage, percent, "1", {"epoch": was + 1, "stage": stage}, was + 1)
-    return Change(row, was, "auto", "held", "because", {"compared": 3}, **{"aliases": {SHADOW: "1"}, **more})
+    to = f"{stage} {percent}" if percent else stage
+    return Change(row, was, "auto", "held", "because", {"compared": 3}, more.get("aliases", {SHADOW: "1"}), to, "1")
 
 
 def test_a_step_is_written_with_its_event_and_aliases(table: RolloutTable, skill: str) -> None:

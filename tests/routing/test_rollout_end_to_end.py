@@ -162,11 +162,45 @@ def test_students_take_over_by_evidence_and_a_bad_one_never_answers(
 
         place.publish(3)
         caller.until("full", "3")
-        assert [one.to_stage for one in caller.events() if one.from_stage != one.to_stage][-5:] == ["shadow", "canary 10", "canary 50", "canary 80", "full"]
+        assert [one.to_stage for one in caller.events() if one.from_stage != one.to_stage][-5:] == [
+            "shadow",
+            "canary 10",
+            "canary 50",
+            "canary 80",
+            "full",
+        ]
         back = caller.skills.RollbackRollout(skill_service_pb2.RollbackRolloutRequest(name="skills/intent", reason="drill"), timeout=30)
         assert (back.rollout.stage, back.rollout.student, list(back.rollout.refused)) == ("full", "1", ["2", "3"])
-        assert caller.events()[-1].actor == "operator" and caller.events()[-1].reason == "drill"
+        drill = caller.events()[-1]
+        assert (drill.actor, drill.reason, drill.to_stage, drill.student) == ("operator", "drill", "rolled_back", "3")
         assert caller.run()[0].decision.candidate == "local:intent@1"
     served.stop()
     roles = table.read(tmp_path / "lake", SHADOWS).column("role").to_pylist()
     assert {"teacher", "student"} <= set(roles)
+
+
+def test_a_teacher_that_changed_is_told_from_a_student_that_went_bad(place: Place, start_server: StartServer, tmp_path: Path) -> None:
+    """The student is suspended, old inputs are asked again, and the rollout is held for a person to say who is right."""
+    shift = [0]
+    teacher = OpenAIServer(lambda number, text: LABELS[(LABELS.index(GOLD[text]) + shift[0]) % len(LABELS)])
+    try:
+        served = start_server(configuration(teacher, tmp_path), models=place.models, env={"LOOP_KEY": "sk-loop"})
+        with grpc.insecure_channel(served.address) as channel:
+            caller = Caller(channel)
+            place.publish(1)
+            caller.until("full", "1")
+            shift[0] = 1
+            end = time.monotonic() + END_S
+            while not caller.rollout().paused:
+                assert time.monotonic() < end, caller.rollout()
+                caller.run()
+            now = caller.rollout()
+            assert (now.stage, now.student) == ("full", "1") and now.alarms
+            held = caller.events()[-1]
+            assert "the teacher changed" in held.reason and "drift alarm" in caller.events()[-2].reason
+            assert caller.run()[0].decision.local, "the student goes on meanwhile"
+            resumed = caller.skills.ResumeRollout(skill_service_pb2.ResumeRolloutRequest(name="skills/intent"), timeout=30)
+            assert not resumed.rollout.paused
+        served.stop()
+    finally:
+        teacher.close()
