@@ -350,7 +350,7 @@ def fill(ballast: Path) -> None:
             file.write(os.urandom(512))
 
 
-def until(done: Any, seconds: float = 60.0) -> None:
+def until(done: Any, seconds: float = START_S) -> None:
     """Polls. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not done():

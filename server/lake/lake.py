@@ -81,6 +81,7 @@ class Lake:
         self._key: LogKey | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._converting: threading.Thread | None = None
         self._compacting: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -138,6 +139,8 @@ class Lake:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self._converting is not None:
+            self._converting.join()
         self._drain()
         self.lost += self._holding.records
         if self._holding.records:
@@ -182,19 +185,24 @@ class Lake:
             try:
                 self._drain()
                 sealed = sum([self._tick(log) for log in self._logs.values()])
-                if sealed or time.monotonic() >= next_convert:
-                    self._convert()
-                    self._tell_set_aside()
+                if (sealed or time.monotonic() >= next_convert) and not (self._converting and self._converting.is_alive()):
+                    # Beside this thread: a slow conversion must hold up neither syncing nor what a full disk made wait.
+                    self._converting = threading.Thread(target=self._convert_and_tell, name="lake-convert", daemon=True)
+                    self._converting.start()
                     next_convert = time.monotonic() + self._flush_s
                 if self._observer is not None:
                     self._observer.lake_written(**asdict(self.counters()))
             except Exception:
                 _log.exception("the lake's background work failed; it goes on")
 
-    def _tell_set_aside(self) -> None:
-        if self._observer is not None:
-            found = backlog(self._place)
-            self._observer.lake_set_aside(found.damaged, found.rejected)
+    def _convert_and_tell(self) -> None:
+        try:
+            self._convert()
+            if self._observer is not None:
+                found = backlog(self._place)
+                self._observer.lake_set_aside(found.damaged, found.rejected)
+        except Exception:
+            _log.exception("a conversion of the lake's log failed; the next one takes it up")
 
     def _tick(self, log: Log) -> int:
         try:
