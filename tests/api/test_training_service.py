@@ -241,6 +241,6 @@ def test_the_skills_are_written_down(stub: TrainingServiceStub, place: Path) -> 
 
 
 def test_a_server_with_a_bad_schedule_does_not_start(start_server: StartServer) -> None:
-    server = start_server('[skills.x]\nlabels = ["a"]\nbase = "embedder"\nschedule = "hourly"', ready=False)
+    server = start_server('[skills.x]\nlabels = ["a", "b"]\nbase = "embedder"\nschedule = "hourly"', ready=False)
     assert server.wait(120) == 1
     assert "skills.x.schedule" in "".join(server.lines) and "Traceback" not in "".join(server.lines)
