@@ -73,6 +73,7 @@ class Scene:
     def __init__(self, folder: Path, *, encrypt: bool = True) -> None:
         self.folder = folder
         self.lake = folder / "lake"
+        self.file = folder / "understudy.toml"
         self.texts = {f"Where is card number {number}?": f"label_{number % 7}" for number in range(400)}
         self._encrypt = encrypt
         (folder / "models").mkdir(parents=True)
@@ -113,9 +114,8 @@ teacher = "simulation/{MODEL}"
             yield json.loads(running.stdout.readline())["base_url"]
 
     def config(self, toml: str) -> Config:
-        file = self.folder / "understudy.toml"
-        file.write_text(toml, encoding="utf-8")
-        return load_config(file, environ={})
+        self.file.write_text(toml, encoding="utf-8")
+        return load_config(self.file, environ={})
 
 
 class Client:
@@ -179,7 +179,7 @@ def crash(folder: Path, *, kills: int, servers: int = 3, trainer: bool = True, s
             until(lambda: all(client.address for client in clients), START_S)
             while sum(seen.kills.values()) < kills:
                 time.sleep(chance.uniform(0.2, 2 * every_s - 0.2))
-                _kill_one(scene, toml, running, clients, learner, chance, seen)
+                _kill_one(scene, running, clients, learner, chance, seen)
             until(lambda: all(client.address for client in clients), START_S)
         finally:
             for client in clients:
@@ -197,7 +197,6 @@ def crash(folder: Path, *, kills: int, servers: int = 3, trainer: bool = True, s
 
 def _kill_one(
     scene: Scene,
-    toml: str,
     running: list[ServerProcess],
     clients: list[Client],
     learner: Trainer | None,
@@ -224,7 +223,7 @@ def _kill_one(
     clients[index].address = ""
     with contextlib.suppress(AssertionError):  # it did not end well, as it was meant to
         server.stop(allow_errors=True)
-    running[index] = ServerProcess(scene.folder / f"server{index}", toml)
+    running[index] = ServerProcess(scene.folder / f"server{index}", scene.file.read_text(encoding="utf-8"))
     _serve(clients[index], running[index])
     if chance.random() < 0.85:  # else the next may die while it starts
         until(lambda: any(client.address for client in clients), START_S)
@@ -321,7 +320,7 @@ def full_disk(folder: Path, kib: int = 700) -> dict[str, Any]:
             server = ServerProcess(folder / "server", toml)
             client = Client(scene, "client")
             try:
-                client.address = server.wait_ready()
+                _serve(client, server)
                 ballast = scene.lake / "ballast"
                 until(lambda: len(client.got) > 50)
                 fill(ballast)

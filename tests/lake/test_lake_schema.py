@@ -19,7 +19,7 @@ from server.lake.schema import FEEDBACK, INTERACTIONS, SHADOWS, TABLES
 from understudy.v1 import interaction_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
-MESSAGES = {
+MESSAGES: dict[str, Any] = {
     INTERACTIONS: interaction_pb2.Interaction,
     FEEDBACK: interaction_pb2.FeedbackRow,
     SHADOWS: interaction_pb2.Shadow,
