@@ -121,6 +121,12 @@ def test_a_checkpoint_of_another_recipe_is_left_alone(workplace: Path) -> None:
     assert not all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
+def test_a_budget_that_is_spent_ends_a_training_after_the_epoch(workplace: Path) -> None:
+    said: list[str] = []
+    trained(workplace, JobContext("a", workplace / "job", deadline=0.0, log=said.append))
+    assert said == ["student: the budget is spent after 1 of 3 epochs"]
+
+
 def test_every_row_comes_once_an_epoch_and_pairs_come_together() -> None:
     classes = np.repeat(np.arange(6), 11)
     lengths = np.arange(66) % 7

@@ -60,3 +60,18 @@ def test_the_temperature_is_recovered(true: float) -> None:
     odds = np.exp(logits / true - (logits / true).max(1, keepdims=True))
     classes = np.array([rng.choice(6, p=row / row.sum()) for row in odds.astype(np.float64)])
     assert linear.temperature(logits, classes) == pytest.approx(true, rel=0.1)
+
+
+def test_rows_that_count_for_little_hardly_move_it() -> None:
+    vectors, classes = blobs(400, 3)
+    wrong = np.random.default_rng(4).random(400) < 0.4
+    given = np.where(wrong, (classes + 1) % 5, classes)
+    weights = np.where(wrong, 1e-3, 1.0).astype(np.float32)
+    other, gold = blobs(600, 5)
+
+    def right(head: tuple[np.ndarray, np.ndarray]) -> float:
+        return float(((other @ head[0].T + head[1]).argmax(1) == gold).mean())
+
+    clean = right(linear.fit_at(vectors[~wrong], classes[~wrong], 5, 10.0))
+    assert right(linear.fit_at(vectors, given, 5, 10.0, row_weights=weights)) >= clean - 0.01
+    assert right(linear.fit_at(vectors, given, 5, 10.0)) < clean - 0.01

@@ -184,6 +184,9 @@ class Training:
         self._context.metric(f"{self._name}/epoch_loss", at.epoch, float(np.mean(at.losses)))
         at.losses = []
         at.done = at.epoch >= recipe.epochs
+        if not at.done and self._context.left_s() <= 0:
+            self._context.log(f"{self._name}: the budget is spent after {at.epoch} of {recipe.epochs} epochs")
+            at.done = True
         if not len(self._rows.validated):
             at.best_epoch = at.epoch
             return
