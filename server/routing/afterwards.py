@@ -18,6 +18,7 @@ from server.routing.candidates import Allowance, Answer, Brief, Candidate, Failu
 from server.routing.cascade import SHADOW_S, Judge
 from server.routing.items import Item
 from server.routing.record import local_answer, shadow_row
+from server.routing.rollout import CANARY, FULL, SHADOW
 from server.routing.rollout_agreement import agrees
 from server.routing.rollout_book import RolloutBook
 from server.routing.rollout_live import Seen
@@ -26,6 +27,7 @@ from server.routing.skills import Standing
 
 _log = logging.getLogger(__name__)
 MOST = 256
+STAGES = (SHADOW, CANARY, FULL)  # in which there is a student to be compared
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Afterwards:
 
     def take(self, done: Done) -> None:
         """Counts what is known, and begins what is not. Called once the rows are written; never waits."""
-        moves = self._rollouts is not None and done.standing.moves
+        moves = self._rollouts is not None and done.standing.moves and done.standing.stage in STAGES
         if not moves and not done.shadows:
             return
         drawn: list[float | None] = [self._draw(done, item) if moves else None for item in done.items]
@@ -154,7 +156,7 @@ class Afterwards:
                 if late and any(hop.candidate == name and hop.outcome == "shadow" for hop in item.outcome.decision.hops):
                     rows.append(shadow_row(done.brief, item, name, "student", found, 1.0))
         self._write(done, rows)
-        if self._rollouts is not None and done.standing.moves:
+        if self._rollouts is not None and done.standing.moves and done.standing.stage in STAGES:
             for item, share in zip(done.items, drawn, strict=True):
                 self._count(done, item, share is not None)
             signs = self._rollouts.signs(done.brief.skill.name)

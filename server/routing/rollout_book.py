@@ -376,7 +376,7 @@ class RolloutBook:
                 raise FailedPrecondition(f"No student of {name!r} is on its way or at full; there is nobody to roll back.", skill=name)
             return machine.roll_back(now, told)
         assert self._book is not None, "of() comes first"
-        if version and version != now.student:
+        if version and (version != now.student or now.stage == machine.ROLLED_BACK):
             made = self._students.ready(name).get(version)
             student = None if made is None else student_of(made, self._book.get(name))
             if student is None or student.held:

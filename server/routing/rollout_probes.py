@@ -13,6 +13,7 @@ from server.routing.rollout_agreement import agrees
 from server.routing.rollout_watch import cause
 
 _KEPT = 16  # and so many answers of the teacher a question costs
+_VERSIONS = 4  # of each skill
 _LONGEST_S = 30.0
 _MOST_BYTES = 8192
 
@@ -47,17 +48,16 @@ class Probes:
         seen = self._seen[key] = self._seen.get(key, 0) + 1
         if seen > self._first or len(probe.work.plain.encode()) > _MOST_BYTES:
             return
-        kept = self._kept.setdefault(key, [])
+        kept = self._kept.get(key)
+        if kept is None:
+            versions = [one for one in self._kept if one[0] == skill]
+            for old in versions[: max(len(versions) - _VERSIONS + 1, 0)]:
+                del self._kept[old], self._seen[old]
+            kept = self._kept[key] = []
         if len(kept) < _KEPT:
             kept.append(probe)
         elif (place := self._random.randrange(seen)) < _KEPT:
             kept[place] = probe
-
-    def forget(self, skill: str, versions: Sequence[str]) -> None:
-        """Keeps none but those of `versions`."""
-        for key in [key for key in self._kept if key[0] == skill and key[1] not in versions]:
-            del self._kept[key]
-            self._seen.pop(key, None)
 
     async def diagnose(self, brief: Brief, version: str, signs: Mapping[str, int]) -> str:
         """What changed, in words; see rollout_watch.cause."""
