@@ -197,6 +197,13 @@ def test_a_job_publishes_the_encoder_first_and_its_head_on_it(workplace: Path) -
     assert better.present_version == "1" and better.present_accuracy is not None and "paired" in better.details
 
 
+def test_a_search_begins_with_the_recipe_and_what_it_finds_is_trained(workplace: Path) -> None:
+    fill(workplace / "lake", texts(400, 1))
+    report = run(workplace, method="full", search=True, trials=1)
+    assert report.parameters["lr"] == 1e-4 or report.parameters["lr"] == 2e-4, "one trial alone is the recipe"
+    assert "search" in report.seconds and not list((workplace / "jobs" / report.job).glob("full-trial*"))
+
+
 def test_the_ladder_stops_at_the_cheapest_that_reaches_the_bar(workplace: Path) -> None:
     fill(workplace / "lake", texts(400, 1))
     with (workplace / "understudy.toml").open("a") as file:

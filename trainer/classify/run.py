@@ -29,6 +29,8 @@ from trainer.report import REJECTED, SUCCEEDED, Report, Timed
 from trainer.serving import ServedBase
 
 LADDER = (LINEAR, LORA, FULL)
+# Most trials of a search, where the job's spec gives no other number.
+SEARCHED = 30
 # What a deeper student needs beside its training: export, embedding, evaluation. With less left none is begun.
 _LEAST_LEFT_S = 60.0
 
@@ -83,7 +85,8 @@ class _Run:
             work = Work(
                 self._config, self._skill, self._settings.deliver_bar, data, self._context, int(spec.get("seed", self._context.seed))
             )
-            chosen = await self._ladder(work, base, vectors, method, wanted=bool(spec.get("search")))
+            trials = int(spec.get("trials", SEARCHED)) if spec.get("search") else 0
+            chosen = await self._ladder(work, base, vectors, method, trials)
             present = await self._present(data, base, vectors)
         finally:
             await base.close()
@@ -114,7 +117,7 @@ class _Run:
         report.labels, report.labels_without_rows = len(left.labels), [label for label in data.labels if label not in there]
         return left, vectors
 
-    async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str, wanted: bool) -> Trained:
+    async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str, trials: int) -> Trained:
         """Students from the cheapest on until one reaches the bar or the budget is spent; the best of them."""
         tried: list[Trained] = []
         for step in LADDER if method == "auto" else (method,):
@@ -127,7 +130,7 @@ class _Run:
                     student = train_linear(work, base, vectors)
                 else:
                     recipe = recipe_for(step, self._report.train_rows, len(work.data.labels), seed=work.seed)
-                    student = await train_encoder(work, recipe.with_(self._searched(work, recipe, wanted=wanted)))
+                    student = await train_encoder(work, recipe.with_(self._searched(work, recipe, trials)))
             tried.append(student)
             self._report.tried.append(student.told(work.bar))
             self._context.log(f"{step}: agrees on {student.judged.accuracy:.2%}, {student.judged.share:.1%} at the bar")
@@ -138,9 +141,9 @@ class _Run:
         sound = [student for student in tried if not student.problem] or tried
         return max(sound, key=lambda student: (student.judged.share * student.judged.delivered_accuracy, student.judged.accuracy))
 
-    def _searched(self, work: Work, recipe: Recipe, *, wanted: bool) -> dict[str, Any]:
-        """What a search finds better than the recipe, in half of what is left of the budget; nothing where none was asked for."""
-        if not wanted:
+    def _searched(self, work: Work, recipe: Recipe, trials: int) -> dict[str, Any]:
+        """What at most so many trials find better than the recipe, in half of what is left of the budget."""
+        if not trials:
             return {}
         from trainer.classify.students import SPACE, validation_accuracy
         from trainer.search import search
@@ -153,6 +156,7 @@ class _Run:
                 self._context,
                 self._context.left_s() / 2 if self._context.left_s() < float("inf") else self._settings.train_budget_s / 2,
                 first={name: getattr(recipe, name) for name in SPACE},
+                most=trials,
             )
         self._context.log(f"search: {found.trials} trials, the best agrees on {found.value:.2%} of the validation rows")
         return dict(found.parameters)
