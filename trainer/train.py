@@ -18,8 +18,8 @@ WRITING = ("text-generation", "translation", "summarization", "question-answerin
 def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any]) -> Report:
     """Trains a student by the method that fits the skill's task, proves it and publishes it.
 
-    `spec` says what this job does otherwise than the skill's settings: "method", "seed", "search", "trials", "hub_repo". The job's row in the
-    registry (`context.job`) must be there: versions and data sets refer to it.
+    `spec` says what this job does otherwise than the skill's settings: "method", "seed", "search", "trials", "hub_repo". The job's row in
+    the registry (`context.job`) must be there: versions and data sets refer to it.
 
     Raises:
         SkillNotFound, FailedPrecondition: no such skill, or something is missing that it needs.
