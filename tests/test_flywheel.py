@@ -61,7 +61,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple[Outcome
         name="small",
         days=[rows[start:end] for start, end in pairwise(cuts)],
         labels=sorted(SAYINGS),
-        accuracy={1: 0.95},
+        accuracy={1: 0.98},
         schedule="when 290 new good rows",
         deliver_bar=0.6,
         min_rows=100,
@@ -69,7 +69,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple[Outcome
         latency_ms=5.0,
         feedback=0.1,
         method="linear-head",
-        rollout="min_comparisons = 20\npoll_s = 0.2\nmax_latency_ratio = 1000.0",  # a machine that runs all tests at once is slow
+        # Held-out rows are few here, so the margin is wide; and a machine that runs all tests at once is slow.
+        rollout="min_comparisons = 30\nmargin = 0.08\npoll_s = 0.2\nmax_latency_ratio = 1000.0",
     )
     folder = tmp_path_factory.mktemp("flywheel")
     said: list[str] = []
