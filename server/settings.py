@@ -240,7 +240,7 @@ class CurationConfig(Section):
     pii_names_model: Name | Literal[""] = ""  # a token-classification model of the repository that finds names; "": names stay
     near_duplicates: float = Field(default=0.9, gt=0, le=1)  # Jaccard similarity from which two rows are one; 1: only equal ones
     label_errors: Literal["drop", "weigh", "off"] = "drop"  # labels that are likely wrong: the row left out, or given less weight
-    label_errors_cap: float = Field(default=0.3, gt=0, lt=1)  # most of the training rows that may be taken for wrong
+    label_errors_cap: float = Field(default=0.5, gt=0, lt=1)  # most of the training rows that may be taken for wrong
     balance: float = Field(default=0.0, ge=0, le=1)  # weights of rare labels: 0 as they come, 1 every label counts the same
     max_rows_per_label: int | None = Field(default=None, ge=1)  # the best are kept; unset: no limit
 

@@ -152,6 +152,7 @@ def test_a_correction_makes_a_pair_and_needs_nobodys_terms() -> None:
 def test_a_students_own_answer_counts_where_a_person_liked_it() -> None:
     mine = row(1, "where", None, local=True, student_label="card", labels=["card"], candidate="local:intent@1")
     assert one(mine, labels=LABELS) == answers.NO_TEACHER
+    assert one({**mine, "teacher_label": "card", "training_allowed": False}, labels=LABELS) == licences.NOT_ALLOWED
     liked = one({**mine, "rating": 5}, labels=LABELS)
     assert isinstance(liked, Row) and liked.label == "card"
     assert one({**mine, "rating": 3}, labels=LABELS) == answers.NO_TEACHER

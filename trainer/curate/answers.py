@@ -30,7 +30,7 @@ def sources(drafts: Sequence[Draft], licences: Licences, drop: Drop) -> list[Dra
     for one in drafts:
         refusal = licences.refusal(one.source_model, one.training_allowed) if one.teacher is not None else ""
         if refusal:
-            one.teacher = None
+            one.teacher, one.refused = None, refusal
             if one.correction is None and not (one.local and one.student is not None):
                 drop(one, refusal)
                 continue
@@ -87,7 +87,7 @@ class Judge:
             return ""
         if bad:
             return THUMBS_DOWN
-        return NO_TEACHER if one.teacher is None else FOREIGN_LABEL
+        return one.refused or (NO_TEACHER if one.teacher is None else FOREIGN_LABEL)
 
     def good(self, drafts: Sequence[Draft], drop: Drop) -> list[Draft]:
         """Leaves out what was rated or scored too low, and gives weight to what people and students agree with."""

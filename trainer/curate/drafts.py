@@ -6,6 +6,7 @@ Nothing in the lake is trusted to be well-formed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,8 +37,8 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 class Draft:
     """An interaction on its way to a row. Answers are labels of a skill that classifies, else texts; None where there is none.
 
-    `delivered`: what the caller got; `local`: from the student; `quality`: of what was delivered. The steps decide `answer`, its `origin`
-    ("person", "teacher", "student"), `rejected` and `weight`.
+    `delivered`: what the caller got; `local`: from the student; `quality`: of what was delivered; `refused`: why the teacher's may not be
+    learnt from. The steps decide `answer`, its `origin` ("person", "teacher", "student"), `rejected` and `weight`.
     """
 
     interaction_id: str
@@ -54,6 +55,7 @@ class Draft:
     teacher: str | None = None
     source_model: str = ""
     training_allowed: bool = False
+    refused: str = ""
     student: str | None = None
     student_quality: float | None = None
     rating: int | None = None
@@ -104,13 +106,13 @@ def draft_of(raw: Mapping[str, Any], classifies: bool, settings: CurationConfig)
         parameters=_parameters(raw.get("parameters")),
         delivered=delivered or None,
         local=bool(raw.get("local")),
-        quality=raw.get("quality"),
+        quality=_number(raw.get("quality")),
         teacher=teacher or None,
         source_model=str(raw.get("teacher_source_model") or ("" if raw.get("local") else raw.get("source_model")) or "unknown"),
         training_allowed=bool(raw.get("training_allowed")),
         student=student or None,
-        student_quality=raw.get("student_quality"),
-        rating=raw.get("rating"),
+        student_quality=_number(raw.get("student_quality")),
+        rating=None if (stars := _number(raw.get("rating"))) is None else int(stars),
         thumb=str(raw.get("thumb") or ""),
         correction=answers["correction"] or None,
     )
@@ -150,6 +152,10 @@ def _input(kind: str, given: str) -> tuple[str, tuple[tuple[str, str], ...]] | s
 
 def _first(labels: object) -> str:
     return clean(labels[0]) if isinstance(labels, list) and labels else ""
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _time(value: object) -> datetime:
