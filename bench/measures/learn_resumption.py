@@ -115,4 +115,4 @@ def _writing(folder: Path) -> None:
     bases.write_base(folder / "checkpoint")
     bases.add_base(folder / "models", folder / "checkpoint")
     bases.workplace(folder, folder / "models", folder / "checkpoint")
-    bases.fill(folder / "lake", bases.texts(_ROWS, 1))
+    bases.fill(folder / "lake", bases.texts(_ROWS // 3, 1))
