@@ -252,7 +252,7 @@ class RolloutConfig(Section):
     margin: float = Field(default=0.03, ge=0, lt=1)  # a student may be so much worse than what it was measured to be
     min_comparisons: int = Field(default=50, ge=1)  # in a stage, before it can be passed
     canary_share: float = Field(default=0.2, ge=0, le=1)  # of what a student answers at 10 and 50 %, that the teacher answers too
-    teacher_share: float = Field(default=0.04, ge=0, le=1)  # the same at 80 % and at full, for ever
+    teacher_share: float = Field(default=0.05, ge=0, le=1)  # the same at 80 % and at full, for ever
     first_share: float = Field(default=0.1, ge=0, le=1)  # the same for the first requests at full
     first_requests: int = Field(default=500, ge=0)
     max_error_share: float = Field(default=0.02, ge=0, le=1)  # of the student's answers that fail

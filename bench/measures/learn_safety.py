@@ -16,7 +16,7 @@ from bench.rollout_simulation import Life, World, agreement, live_one
 RUNS = int(os.environ.get("UNDERSTUDY_SAFETY_RUNS", "1000"))
 FEW = max(RUNS // 10, 20)
 LONGEST, CALM = 2000, 2000  # requests on the way to full, and at full
-BAD_FROM, AFTER = 300, 700
+BAD_FROM, AFTER = 600, 600  # after the first requests at full, which are compared oftener
 GOOD = World(teacher=0.95, student=0.95)
 PROMISED = agreement(GOOD.teacher, GOOD.student)
 BAR = (
