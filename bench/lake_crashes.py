@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import grpc
 import psutil
 
 from bench.demo import environment, process
+from bench.harness import ROOT, STARTER
 from bench.teacher_simulation import MODEL
 from server.config import Config, load_config
 from server.lake import schema, table
@@ -77,6 +79,9 @@ class Scene:
         self.texts = {f"Where is card number {number}?": f"label_{number % 7}" for number in range(400)}
         self._encrypt = encrypt
         (folder / "models").mkdir(parents=True)
+        self._base = (ROOT / "models" / STARTER).is_dir()
+        if self._base:  # for the trainer; the servers do not load it, so that they start quickly
+            shutil.copytree(ROOT / "models" / STARTER, folder / "models" / STARTER)
         rows = (json.dumps({"text": text, "label": label}) for text, label in self.texts.items())
         (folder / "gold.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
@@ -84,6 +89,7 @@ class Scene:
         return f"""
 [models]
 path = {json.dumps(str(self.folder / "models"))}
+load = []
 [log]
 access = false
 [lake]
@@ -103,6 +109,7 @@ prices = {{ "{MODEL}" = {{ input_per_million_usd = 0.15, output_per_million_usd 
 instruction = "Say what the customer wants."
 labels = {json.dumps(sorted(set(self.texts.values())))}
 teacher = "simulation/{MODEL}"
+{f'base = "{STARTER}"' if self._base else ""}
 """
 
     @contextlib.contextmanager
