@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import secrets
 import time
@@ -18,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from server.errors import FailedPrecondition, InvalidArgument, Unavailable
-from server.logs import get
 from server.registry.rollouts import CHALLENGER, CHAMPION, SHADOW, Change, RolloutEvent, RolloutTable, StoredRollout, shown
 from server.routing import rollout as machine
 from server.routing.rollout import AUTO, Rollout, Verdict
@@ -28,6 +28,7 @@ from server.routing.rollout_watch import AGREEMENT, TEACHER_CHANGED, WORDS
 from server.routing.skills import Skill, SkillBook, Standing, Student, Students, student_of
 from server.settings import RolloutConfig
 
+_log = logging.getLogger(__name__)
 # So long a suspended student's fate waits for what is found out about the cause, in seconds.
 _LOOKING_S = 8.0
 # The most that a target's own sampling error may add to the margin.
@@ -83,7 +84,6 @@ class RolloutBook:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._polling = asyncio.Lock()
-        self._log = get("rollout")
         self._alarms: list[tuple[str, str, str, str, dict[str, object]]] = []
         self.frozen = ""
 
@@ -154,7 +154,7 @@ class RolloutBook:
             live.cause = cause
         stage = shown(live.rollout.stage, live.rollout.percent)
         self._alarms.append((skill, stage, version, words, {"signs": list(kinds), "requests": live.mine.requests}))
-        self._log.warning("rollout alarm", skill=skill, student=version, alarm=words)
+        _log.warning("rollout alarm", extra={"skill": skill, "student": version, "alarm": words})
         self._wake.set()
 
     def feedback_kept(self, interaction_id: str, *, rating: int | None, thumb: str | None, correction: str | None) -> None:
@@ -167,7 +167,7 @@ class RolloutBook:
     def _suspended(self, skill: str, live: Live) -> None:
         why = live.suspended or live.champion_suspended
         student = live.rollout.student if live.suspended else live.rollout.champion
-        self._log.warning("student suspended", skill=skill, student=student, reason=why)
+        _log.warning("student suspended", extra={"skill": skill, "student": student, "reason": why})
         if live.suspended and live.proven:
             live.signs.append(AGREEMENT)
             live.looking_until = time.monotonic() + _LOOKING_S
@@ -198,7 +198,7 @@ class RolloutBook:
             try:
                 await self.poll()
             except Exception:
-                self._log.exception("a look at the rollouts failed; it goes on")
+                _log.exception("a look at the rollouts failed; it goes on")
 
     async def poll(self) -> None:
         """Writes what was seen, reads what others wrote, and takes the steps that follow."""
@@ -229,11 +229,11 @@ class RolloutBook:
             for name, _, _ in mine:
                 self._live[name].dirty = True
             if not self.frozen:
-                self._log.error(_FROZEN, error=error.message)
+                _log.error(_FROZEN, extra={"error": error.message})
             self.frozen = _FROZEN
             return
         if self.frozen:
-            self._log.info("the registry answers again")
+            _log.info("the registry answers again")
         self.frozen = ""
         if self._keep is not None:
             self._keep({name: live.rollout.versions for name, live in self._live.items()})
@@ -333,10 +333,9 @@ class RolloutBook:
         live.become(Rollout.from_json(change.row.state), change.row.revision)
         now = live.rollout
         step = change.to_stage
-        level = self._log.warning if step == "rolled_back" else self._log.info
-        level(
-            "rollout", skill=name, student=now.student, before=change.from_stage, stage=shown(now.stage, now.percent), reason=change.reason
-        )
+        told = {"skill": name, "student": now.student, "before": change.from_stage, "stage": shown(now.stage, now.percent)}
+        level = logging.WARNING if step == machine.ROLLED_BACK else logging.INFO
+        _log.log(level, "rollout", extra={**told, "reason": change.reason})
         if self._counters is not None:
             self._counters.rollout(name, now.percent, step)
 
