@@ -63,6 +63,7 @@ class Plan:
     feedback: float = 0.05
     flipped: float = 0.10
     quiet_s: float = 18.0
+    nights: int = 1000  # so many; after those the next day begins as soon as the rows are Parquet
     train_budget_s: float = 120.0
     method: str = "linear-head"  # a night of seconds; "auto" would go on to whole encoders, for minutes
     rollout: str = ""  # further lines of [rollout]
@@ -230,7 +231,7 @@ train_budget_s = {plan.train_budget_s}
                         self._teacher.accuracy = plan.accuracy[number]
                         self._say(f"day {number}: the simulated API model is now right on {plan.accuracy[number]:.0%}, and tells nobody")
                     day = await self._day(channel, number, rows)
-                    day.night_s = await self._night(watch)
+                    day.night_s = await self._night(watch, number)
                     assert server.poll() is None and trainer.poll() is None, "a process ended; see its log"
                     self._after(day, watch)
                     days.append(day)
@@ -311,7 +312,7 @@ train_budget_s = {plan.train_budget_s}
             seconds=seconds,
         )
 
-    async def _night(self, watch: Watch) -> float:
+    async def _night(self, watch: Watch, number: int) -> float:
         """Until the day's rows are Parquet and the trainer has had nothing to do for a while."""
         start = time.monotonic()
         lake = self.folder / "lake"
@@ -320,7 +321,7 @@ train_budget_s = {plan.train_budget_s}
                 raise RuntimeError(f"the day's rows did not come to the lake within {LAKE_S:.0f} s")
             await asyncio.sleep(0.25)
         quiet = time.monotonic()
-        while time.monotonic() - quiet < self.plan.quiet_s:
+        while number <= self.plan.nights and time.monotonic() - quiet < self.plan.quiet_s:
             if await asyncio.to_thread(watch.busy):
                 quiet = time.monotonic() - self.plan.quiet_s + 3.0  # after its end the server has three seconds to take it over
             if time.monotonic() - start > NIGHT_S:

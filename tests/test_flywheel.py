@@ -69,6 +69,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, models: Path) -> tuple[Outcome
         latency_ms=5.0,
         feedback=0.1,
         method="linear-head",
+        nights=1,
         # Held-out rows are few here, so the margin is wide; and a machine that runs all tests at once is slow.
         rollout="min_comparisons = 30\nmargin = 0.08\npoll_s = 0.2\nmax_latency_ratio = 1000.0",
     )
