@@ -121,7 +121,7 @@ def _ask(server: str, ask: Callable[[Any, Any], Any]) -> Any:
 
     with grpc.insecure_channel(server) as channel:
         try:
-            return ask(SkillServiceStub(channel), skill_service_pb2)
+            return ask(SkillServiceStub(channel), skill_service_pb2)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
             status = rpc_status.from_call(error)  # None: nobody of ours has answered
             hint = "" if status is not None else " Start a server with `understudy serve`, or name it with --server."
