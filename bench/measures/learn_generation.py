@@ -205,7 +205,6 @@ path = {json.dumps(str(folder / "training"))}
 {BASE} = {json.dumps(str(source))}
 [curation]
 near_duplicates = 1.0  # sentences of one pattern that differ in a word are different rows here
-above_quality = 0.0  # the general quality model thinks little of short JSON, and the skill has no model of its own yet
 [providers.simulation]
 base_url = {json.dumps(teacher)}
 api_key_env = "SIMULATION_KEY"

@@ -41,8 +41,12 @@ def written(number: int, text: str, answer: str | None = "an answer", **more: An
     return row(number, text, None, teacher_text=answer, output_text=answer, **more)
 
 
+# Since when the skill of these tests has a quality model of its own: before everything.
+LONG = datetime(2020, 1, 1, tzinfo=UTC)
+
+
 def curated(rows: Sequence[Mapping[str, Any]], settings: CurationConfig = PLAIN, labels: tuple[str, ...] = LABELS) -> Curated:
-    found = refine(rows, Task(labels), settings)
+    found = refine(rows, Task(labels, measured=LONG), settings)
     assert found.read == len(rows) == len(found.rows) + sum(found.dropped.values()), "each row is used or counted"
     assert sum(found.dropped.values()) == sum(sum(step.dropped.values()) for step in found.steps)
     assert all(step.before - step.after == sum(step.dropped.values()) for step in found.steps)
@@ -176,6 +180,14 @@ def test_a_students_own_answer_counts_where_a_person_liked_it() -> None:
 def test_what_was_found_bad_is_left_out(more: dict[str, Any], expected: str) -> None:
     found = one(written(1, "write") | more)
     assert found == expected if expected else isinstance(found, Row)
+
+
+def test_a_quality_that_was_never_measured_on_the_skill_leaves_no_teacher_out() -> None:
+    low = written(1, "write", quality=0.1)
+    assert len(refine([low], Task(), PLAIN).rows) == 1
+    later = Task(measured=low["time"] + timedelta(seconds=1))
+    assert len(refine([low], later, PLAIN).rows) == 1, "it was given before the skill had a model of its own"
+    assert refine([low], Task(measured=low["time"]), PLAIN).rows == []
 
 
 def test_agreement_and_liking_give_weight() -> None:

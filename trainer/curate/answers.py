@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from server.routing.skills import normalised as normalised_label
 from server.settings import CurationConfig
@@ -44,14 +45,18 @@ class Judge:
 
     `labels`: of a skill that classifies, else empty. What people say is about the answer that they saw: where the wanted answer is
     another one, it does not count against it.
+
+    `measured`: since when a quality model of the skill's own scores its answers; None: there is none. What the general model thinks of a
+    teacher's answer is no reason to leave it out: it was never measured on this skill, and thinks little of short JSON, for one.
     """
 
     settings: CurationConfig
     labels: Mapping[str, str]  # normalised -> as the skill has it
+    measured: datetime | None = None
 
     @classmethod
-    def of(cls, settings: CurationConfig, labels: Iterable[str]) -> Judge:
-        return cls(settings, {normalised_label(label): label for label in labels})
+    def of(cls, settings: CurationConfig, labels: Iterable[str], measured: datetime | None = None) -> Judge:
+        return cls(settings, {normalised_label(label): label for label in labels}, measured)
 
     def choose(self, drafts: Sequence[Draft], drop: Drop) -> list[Draft]:
         """Sets `answer`, `origin` and `rejected`, or drops with a reason."""
@@ -112,7 +117,7 @@ class Judge:
         if self._seen(one) and one.rating is not None and one.rating <= self.settings.above_rating:
             return LOW_RATING
         quality = one.student_quality if one.origin == "student" else None
-        if quality is None and self._seen(one):
+        if quality is None and self._seen(one) and self.measured is not None and one.time >= self.measured:
             quality = one.quality
         return LOW_QUALITY if quality is not None and quality <= self.settings.above_quality else ""
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from server.config import Config
 from server.errors import SkillNotFound, UnderstudyError, near_names
 from server.lake.reading import LakeReader
 from server.registry.registry import Registry
+from server.routing.judge import FILE as QUALITY_FILE
 from server.routing.skills import CLASSIFYING
 from server.settings import CurationConfig
 from trainer.context import JobContext
@@ -26,6 +28,7 @@ from trainer.curate import answers, balance, drafts, duplicates, names, noise, p
 from trainer.curate.drafts import Draft
 from trainer.curate.licences import Licences
 from trainer.curate.rows import Curated, Row, Step
+from trainer.publish import adapters_folder
 
 TOO_OLD = "older than the newest curation.max_rows"
 PERSONAL = "holds personal data (curation.pii = drop)"
@@ -49,6 +52,7 @@ class Task:
     labels: tuple[str, ...] = ()
     embed: Embed | None = None
     find_names: names.FindNames | None = None
+    measured: datetime | None = None  # see answers.Judge
 
     @property
     def classifies(self) -> bool:
@@ -72,6 +76,7 @@ def curate(config: Config, skill: str, context: JobContext | None = None, regist
         labels,
         (lambda texts, progress, /: noise.embedded(config, base, texts, progress)) if base and labels else None,
         names.finder(config, model) if model else None,
+        _measured(config, skill),
     )
     most = config.curation.max_rows
     older, newest = max(0, found.num_rows - most), found.slice(max(0, found.num_rows - most))
@@ -81,6 +86,14 @@ def curate(config: Config, skill: str, context: JobContext | None = None, regist
         curated.dropped[TOO_OLD] = older
     curated.table_version = max(version, 0)
     return curated
+
+
+def _measured(config: Config, skill: str) -> datetime | None:
+    """Since when the skill has a quality model of its own, or None."""
+    try:
+        return datetime.fromtimestamp((adapters_folder(config, skill) / QUALITY_FILE).stat().st_mtime, UTC)
+    except OSError:
+        return None
 
 
 def refine(raws: Iterable[Mapping[str, Any]], task: Task, settings: CurationConfig, context: JobContext | None = None) -> Curated:
@@ -167,7 +180,7 @@ class _Run:
             # The order of the lake's files is nobody's business; the votes and the choice of one of equals follow it.
             left = step.keep(sorted(left, key=lambda one: (one.time, one.interaction_id)))
         licences = Licences(settings.licences, [one.lower() for one in settings.allowed_licences], settings.licence_is_enough)
-        judge = answers.Judge.of(settings, task.labels)
+        judge = answers.Judge.of(settings, task.labels, task.measured)
         with self.step("sources", left) as step:
             left = step.keep(answers.sources(left, licences, step.drop))
         with self.step("answers", left) as step:
