@@ -79,7 +79,7 @@ class _Run:
         try:
             report.base = f"{base.base.name}@{base.base.version}"
             with Timed(report, "embed"):
-                data, vectors = await self._embed(base, Data(rows, known))
+                data, vectors = await self._embed(base, Data(rows, known), curated.vectors if curated.base == report.base else {})
             used = [(row.interaction_id, row.held_out) for row in data.rows]
             dataset = self._registry.add_dataset(report.job, curated.table_version, curated.fingerprint, used, report.curation)
             work = Work(
@@ -102,20 +102,25 @@ class _Run:
         report.sources = dict(curated.sources)
         report.curation = curated.report()
 
-    async def _embed(self, base: ServedBase, data: Data) -> tuple[Data, FloatArray]:
-        """The rows that the base takes, with their vectors float32[n, H]."""
-        vectors, kept, errors = await base.embed(data.texts, lambda done, total: self._context.progress("embed", done, total))
+    async def _embed(self, base: ServedBase, data: Data, known: Mapping[str, FloatArray]) -> tuple[Data, FloatArray]:
+        """The rows that the base takes, with their vectors float32[n, H]; `known`: those that curation had to make already."""
+        missing = [index for index, row in enumerate(data.rows) if row.interaction_id not in known]
+        texts = [data.texts[index] for index in missing]
+        fresh, kept, errors = await base.embed(texts, lambda done, total: self._context.progress("embed", done, total))
+        found = {index: known[row.interaction_id] for index, row in enumerate(data.rows) if row.interaction_id in known}
+        found |= {missing[place]: vector for place, vector in zip(kept, fresh, strict=True)}
         report = self._report
         for error in errors:
             reason = f"the base refuses the text ({error.reason})"
             report.dropped[reason] = report.dropped.get(reason, 0) + 1
-        rows = [data.rows[index] for index in kept]
+        rows = [data.rows[index] for index in sorted(found)]
         there = {row.label for row in rows}
         left = Data(rows, [label for label in data.labels if label in there])
         report.held_out_rows = int(left.held_out.sum())
         report.train_rows = len(rows) - report.held_out_rows
         report.labels, report.labels_without_rows = len(left.labels), [label for label in data.labels if label not in there]
-        return left, vectors
+        vectors = [found[index] for index in sorted(found)]
+        return left, np.stack(vectors) if vectors else np.zeros((0, base.features.size), np.float32)
 
     async def _ladder(self, work: Work, base: ServedBase, vectors: FloatArray, method: str, trials: int) -> Trained:
         """Students from the cheapest on until one reaches the bar or the budget is spent; the best of them."""
