@@ -18,7 +18,7 @@ from bench.harness import Row, part, row_of
 from server.config import load_config
 from server.registry.jobs import Job, JobStore
 from server.registry.registry import Registry
-from tests.trainer.trainer_process import TrainerProcess, artefacts, curve, files, finish, kill_at, make_workplace
+from tests.trainer.trainer_process import TrainerProcess, artefacts, curve, files, finish, kill_at, make_site
 
 BAR = "trainer killed at a random step: the job ends with the same loss curve (same seed) and artefact"
 KILLS = 3
@@ -50,7 +50,7 @@ def _cases() -> list[Case]:
 
 def _measure(case: Case, rng: random.Random) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="understudy-resumption-") as folder:
-        new = Path(folder) / "workplace"
+        new = Path(folder) / "site"
         case.make(new)
         before = files(new / "models")
         whole = _run(new, Path(folder), case, before, None)
@@ -72,7 +72,7 @@ def _measure(case: Case, rng: random.Random) -> dict[str, Any]:
 
 
 def _run(new: Path, folder: Path, case: Case, before: set[Path], kill: int | None) -> dict[str, Any]:
-    """One job from a new copy of the workplace, at the same place: paths are in the configuration."""
+    """One job from a new copy of the site, at the same place: paths are in the configuration."""
     place = folder / "run"
     shutil.rmtree(place, ignore_errors=True)
     new.rename(place)
@@ -100,7 +100,7 @@ def _classifying(folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as made:
         models = build_repository(Path(made)).root
-        make_workplace(folder, models)
+        make_site(folder, models)
         source = folder / "checkpoint"
         shutil.copytree(models.parent / "checkpoints" / "embedder", source)
         toml = (folder / "understudy.toml").read_text().replace(str(models.parent / "checkpoints" / "embedder"), str(source))
@@ -114,5 +114,5 @@ def _writing(folder: Path) -> None:
     folder.mkdir(parents=True)
     bases.write_base(folder / "checkpoint")
     bases.add_base(folder / "models", folder / "checkpoint")
-    bases.workplace(folder, folder / "models", folder / "checkpoint")
+    bases.site(folder, folder / "models", folder / "checkpoint")
     bases.fill(folder / "lake", bases.texts(_ROWS // 3, 1))

@@ -91,7 +91,7 @@ def fill(lake: Path, rows: list[tuple[str, str]], **more: object) -> list[str]:
     return ids
 
 
-def workplace(folder: Path, models: Path, checkpoint: Path, **skill: object) -> Config:
+def site(folder: Path, models: Path, checkpoint: Path, **skill: object) -> Config:
     """A configuration over `models`, whose base was pulled from `checkpoint`, with a lake and a registry of its own."""
     wanted = {
         "task": "text-generation",

@@ -124,7 +124,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def site(tmp_path: Path) -> Path:
     (tmp_path / "understudy.toml").write_text(f"""
 [lake]
 path = {json.dumps(str(tmp_path / "lake"))}
@@ -156,12 +156,12 @@ teacher = "vendor/big"
     return tmp_path
 
 
-def test_the_commands_work_on_a_lake(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--config", str(workplace / "understudy.toml"), "--set", "curation.near_duplicates=1.0"]
-    out = workplace / "dpo.jsonl"
+def test_the_commands_work_on_a_lake(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(site / "understudy.toml"), "--set", "curation.near_duplicates=1.0"]
+    out = site / "dpo.jsonl"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
     run = [sys.executable, "-m", "server.cli", "export", "reply", "--format", "dpo", "--part", "all", "--out", str(out), *options]
-    done = subprocess.run(run, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, cwd=site, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "6 lines of 6 rows of 60 read" in done.stdout, done.stderr
     pairs = lines(out)
     assert {pair["chosen"][0]["content"] for pair in pairs} == {f"Ask desk {n}." for n in range(0, 60, 10)}
@@ -181,15 +181,15 @@ def test_the_commands_work_on_a_lake(workplace: Path, capsys: pytest.CaptureFixt
     assert "There is no skill 'nobody'" in problems and "has no value" in problems and "Traceback" not in problems
 
 
-def test_nothing_of_an_erased_user_is_learnt_from(workplace: Path) -> None:
-    config = load_config(workplace / "understudy.toml", environ={})
-    key = IdKey.open(workplace / "lake" / "id.key")
-    log = Log(workplace / "lake" / "log" / INTERACTIONS)
+def test_nothing_of_an_erased_user_is_learnt_from(site: Path) -> None:
+    config = load_config(site / "understudy.toml", environ={})
+    key = IdKey.open(site / "lake" / "id.key")
+    log = Log(site / "lake" / "log" / INTERACTIONS)
     for user in ("ada", "bob"):
         record = {"time_ns": 10**18, "interaction_id": key.new(), "skill": "reply", "input_kind": "text", "user_hash": key.pseudonym(user)}
         log.append([{**record, "input": f"{user} asks", "teacher_text": "yes", "training_allowed": True, "source_model": "big"}])
     log.close()
-    table.convert(workplace / "lake", INTERACTIONS)
+    table.convert(site / "lake", INTERACTIONS)
     registry = Registry(config.registry)
     before = curate(config, "reply", None, registry)
     UserKeys(registry).erase(key.pseudonym("ada"))

@@ -60,21 +60,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, base: Path) -> Path:
+def site(tmp_path: Path, base: Path) -> Path:
     shutil.copytree(base / "models", tmp_path / "models")
     return tmp_path
 
 
-def config(workplace: Path, base: Path, **skills: dict[str, Any]) -> Config:
-    lines = [f"[models]\npath = {json.dumps(str(workplace / 'models'))}", f"[lake]\npath = {json.dumps(str(workplace / 'lake'))}"]
-    lines.append(f"[registry]\nurl = {json.dumps(f'sqlite:///{workplace}/registry.db')}")
+def config(site: Path, base: Path, **skills: dict[str, Any]) -> Config:
+    lines = [f"[models]\npath = {json.dumps(str(site / 'models'))}", f"[lake]\npath = {json.dumps(str(site / 'lake'))}"]
+    lines.append(f"[registry]\nurl = {json.dumps(f'sqlite:///{site}/registry.db')}")
     lines.append(f"[training.sources]\ntiny = {json.dumps(str(base / 'checkpoint'))}")
     lines.append("[providers.vendor]")
     for name, settings in skills.items():
         lines.append(f"[skills.{name}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in {"base": "tiny", "teacher": "vendor/big", **settings}.items()]
-    (workplace / "understudy.toml").write_text("\n".join(lines) + "\n")
-    return load_config(workplace / "understudy.toml", environ={})
+    (site / "understudy.toml").write_text("\n".join(lines) + "\n")
+    return load_config(site / "understudy.toml", environ={})
 
 
 def fill(lake: Path, rows: Iterable[dict[str, Any]], skill: str, **more: object) -> list[str]:
@@ -145,15 +145,15 @@ def topics(count: int, seed: int) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def context(workplace: Path, settings: Config, skill: str, **more: Any) -> JobContext:
+def context(site: Path, settings: Config, skill: str, **more: Any) -> JobContext:
     registry = Registry(settings.registry)
     job = registry.start_job(skill, "train")
     registry.close()
-    return JobContext(job, workplace / "jobs" / job, **more)
+    return JobContext(job, site / "jobs" / job, **more)
 
 
-def run(workplace: Path, settings: Config, skill: str, spec: dict[str, Any] | None = None, **more: Any) -> Report:
-    return train(settings, skill, context(workplace, settings, skill, **more), spec or {})
+def run(site: Path, settings: Config, skill: str, spec: dict[str, Any] | None = None, **more: Any) -> Report:
+    return train(settings, skill, context(site, settings, skill, **more), spec or {})
 
 
 async def serve(settings: Config, reference: Reference, ask: Any) -> Any:
@@ -168,16 +168,16 @@ async def serve(settings: Config, reference: Reference, ask: Any) -> Any:
         await runtime.close()
 
 
-async def trained(workplace: Path, settings: Config, skill: str, **spec: Any) -> tuple[Report, Reference]:
-    report = await asyncio.to_thread(run, workplace, settings, skill, spec)
+async def trained(site: Path, settings: Config, skill: str, **spec: Any) -> tuple[Report, Reference]:
+    report = await asyncio.to_thread(run, site, settings, skill, spec)
     assert (report.state, report.reason) == ("succeeded", "")
-    return report, read_reference(workplace / "models" / "adapters" / skill / report.version)
+    return report, read_reference(site / "models" / "adapters" / skill / report.version)
 
 
-async def test_entities_from_a_lake_to_a_model_that_serves(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, people={"task": "token-classification", "labels": ["person", "place"]})
-    ids = fill(workplace / "lake", [*named(320, 1), {"input": "my card", "teacher_text": "none, I think"}], "people")
-    report, reference = await trained(workplace, settings, "people", method="full", learning_rate=3e-3, epochs=8)
+async def test_entities_from_a_lake_to_a_model_that_serves(site: Path, base: Path) -> None:
+    settings = config(site, base, people={"task": "token-classification", "labels": ["person", "place"]})
+    ids = fill(site / "lake", [*named(320, 1), {"input": "my card", "teacher_text": "none, I think"}], "people")
+    report, reference = await trained(site, settings, "people", method="full", learning_rate=3e-3, epochs=8)
     assert (report.version, report.model, report.method, reference.target.shown) == ("1", "people-student@1", "full", report.model)
     assert report.dropped[examples.NO_JSON] == 1 and report.read == 321 and report.labels == 2
     assert reference.metrics["f1"] > 0.9 and reference.metrics["parity/agreement"] >= 0.95 and reference.task == "token-classification"
@@ -207,9 +207,9 @@ async def test_entities_from_a_lake_to_a_model_that_serves(workplace: Path, base
     assert [(one.name, one.version) for one in registry.models(skill="people")] == [("people-student", "1")]
     registry.close()
     assert "| f1 |" in Path(report.card).read_text() and "tiny" in Path(report.card).read_text()
-    assert not list((workplace / "jobs" / report.job).rglob("*.safetensors"))  # checkpoints are not kept for ever
+    assert not list((site / "jobs" / report.job).rglob("*.safetensors"))  # checkpoints are not kept for ever
 
-    same = await asyncio.to_thread(run, workplace, settings, "people", {"method": "full"})
+    same = await asyncio.to_thread(run, site, settings, "people", {"method": "full"})
     assert same.state == "rejected" and "version 1 was made of the same rows" in same.reason and same.tried == []
 
     # A teacher that has gone mad teaches a student that is worse on what is held out, and nobody sees it.
@@ -218,21 +218,21 @@ async def test_entities_from_a_lake_to_a_model_that_serves(workplace: Path, base
         {**row, "teacher_text": json.dumps([{"text": row["input"].split()[0], "label": rng.choice(["person", "place"])}])}
         for row in named(300, 9)
     ]
-    fill(workplace / "lake", wild, "people")
-    worse = await asyncio.to_thread(run, workplace, settings, "people", {"method": "full", "epochs": 2, "learning_rate": 3e-3})
+    fill(site / "lake", wild, "people")
+    worse = await asyncio.to_thread(run, site, settings, "people", {"method": "full", "epochs": 2, "learning_rate": 3e-3})
     assert worse.state == "rejected" and worse.version == "" and ("people-student@1" in worse.reason or "the bar" in worse.reason)
-    assert [path.name for path in (workplace / "models" / "adapters" / "people").iterdir()] == ["1"]
-    assert Repository(workplace / "models").versions("people-student") == ["1"]
+    assert [path.name for path in (site / "models" / "adapters" / "people").iterdir()] == ["1"]
+    assert Repository(site / "models").versions("people-student") == ["1"]
 
 
-async def test_ranking_from_a_lake_to_a_model_that_serves(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, find={"task": "text-ranking"})
+async def test_ranking_from_a_lake_to_a_model_that_serves(site: Path, base: Path) -> None:
+    settings = config(site, base, find={"task": "text-ranking"})
     fill(
-        workplace / "lake",
+        site / "lake",
         [*relevant(140, 2), {**pair("where", "card"), "teacher_text": "very"}, {"input": "alone", "teacher_text": "1"}],
         "find",
     )
-    report, reference = await trained(workplace, settings, "find", method="full", learning_rate=3e-3, epochs=4)
+    report, reference = await trained(site, settings, "find", method="full", learning_rate=3e-3, epochs=4)
     assert report.dropped[examples.NO_SCORE] == 1 and report.dropped[examples.NO_PAIR] == 1
     assert reference.metrics["concordance"] > 0.95 and reference.metrics["ndcg"] > 0.9
     assert reference.metrics["difference"] > 0.2 and reference.metrics["difference_low"] > 0  # against the base's cosine
@@ -245,12 +245,12 @@ async def test_ranking_from_a_lake_to_a_model_that_serves(workplace: Path, base:
     assert first.index == 1 and first.score > 0.7 > 0.3 > second.score
 
 
-async def test_embeddings_from_thumbs_to_a_model_that_serves(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, near={"task": "feature-extraction", "deliver_bar": 0.5})
+async def test_embeddings_from_thumbs_to_a_model_that_serves(site: Path, base: Path) -> None:
+    settings = config(site, base, near={"task": "feature-extraction", "deliver_bar": 0.5})
     together = topics(240, 5)
-    ids = fill(workplace / "lake", [pair(*one) for one in together], "near")
-    tell(workplace / "lake", [{"interaction_id": one, "thumb": "up"} for one in ids])
-    report, reference = await trained(workplace, settings, "near", method="full", learning_rate=3e-3, epochs=40)
+    ids = fill(site / "lake", [pair(*one) for one in together], "near")
+    tell(site / "lake", [{"interaction_id": one, "thumb": "up"} for one in ids])
+    report, reference = await trained(site, settings, "near", method="full", learning_rate=3e-3, epochs=40)
     assert reference.metrics["difference"] > 0.02 and report.present_version == "tiny@1"
     assert reference.metrics["ndcg"] == pytest.approx(reference.metrics["present_ndcg"] + reference.metrics["difference"])
 
@@ -264,41 +264,39 @@ async def test_embeddings_from_thumbs_to_a_model_that_serves(workplace: Path, ba
     assert np.allclose([one @ one for one in (query, right, wrong)], 1.0, atol=1e-4) and reference.metrics["parity/agreement"] > 0.95
 
 
-async def test_graded_similarity_by_lora(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, alike={"task": "sentence-similarity", "deliver_bar": 0.3})
-    fill(workplace / "lake", relevant(140, 6), "alike")
-    report, reference = await trained(workplace, settings, "alike", method="lora", learning_rate=1e-2, epochs=6)
+async def test_graded_similarity_by_lora(site: Path, base: Path) -> None:
+    settings = config(site, base, alike={"task": "sentence-similarity", "deliver_bar": 0.3})
+    fill(site / "lake", relevant(140, 6), "alike")
+    report, reference = await trained(site, settings, "alike", method="lora", learning_rate=1e-2, epochs=6)
     assert report.method == "lora" and reference.metrics["difference"] > 0 and reference.metrics["concordance"] > 0.8
     assert reference.metrics["parity/agreement"] > 0.95  # LoRA is merged: the file is a whole model
 
 
-async def test_what_does_not_answer_as_it_was_trained_is_not_published(
-    workplace: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = config(workplace, base, find={"task": "text-ranking", "deliver_bar": 0.0})
-    fill(workplace / "lake", relevant(140, 2), "find")
+async def test_what_does_not_answer_as_it_was_trained_is_not_published(site: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(site, base, find={"task": "text-ranking", "deliver_bar": 0.0})
+    fill(site / "lake", relevant(140, 2), "find")
     monkeypatch.setattr(judge, "LEAST_PARITY", {"int8": 1.1, "float32": 1.1})
     monkeypatch.setattr(export, "LEAST_PARITY", {"int8": 1.1, "float32": 1.1})
-    report = await asyncio.to_thread(run, workplace, settings, "find", {"method": "full", "epochs": 1})
+    report = await asyncio.to_thread(run, site, settings, "find", {"method": "full", "epochs": 1})
     assert report.state == "rejected" and "the float32 file agrees with the torch model" in report.reason
-    assert not (workplace / "models" / "adapters").exists() and Repository(workplace / "models").names() == ["tiny"]
+    assert not (site / "models" / "adapters").exists() and Repository(site / "models").names() == ["tiny"]
 
 
-async def test_a_cancelled_job_goes_on_as_if_it_had_not_been(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, people={"task": "token-classification", "deliver_bar": 0.0})
-    fill(workplace / "lake", named(200, 3), "people")
+async def test_a_cancelled_job_goes_on_as_if_it_had_not_been(site: Path, base: Path) -> None:
+    settings = config(site, base, people={"task": "token-classification", "deliver_bar": 0.0})
+    fill(site / "lake", named(200, 3), "people")
     spec = {"method": "lora", "epochs": 2, "learning_rate": 3e-3}
-    whole = await asyncio.to_thread(run, workplace, settings, "people", spec, seed=7)
-    shutil.rmtree(workplace / "models" / "adapters")
+    whole = await asyncio.to_thread(run, site, settings, "people", spec, seed=7)
+    shutil.rmtree(site / "models" / "adapters")
 
-    job = context(workplace, settings, "people", seed=7)
+    job = context(site, settings, "people", seed=7)
     seen: list[int] = []
     job.metric = lambda name, step, value: seen.append(step)
     job.is_cancelled = lambda: any(step >= 10 for step in seen)
     with pytest.raises(Cancelled):
         await asyncio.to_thread(train, settings, "people", job, spec)
     # What came meanwhile is for the next job.
-    fill(workplace / "lake", named(40, 8), "people")
+    fill(site / "lake", named(40, 8), "people")
     job.is_cancelled = lambda: False
     logs: list[str] = []
     job.log = logs.append
@@ -306,7 +304,7 @@ async def test_a_cancelled_job_goes_on_as_if_it_had_not_been(workplace: Path, ba
     assert any("taken up at step" in line for line in logs)
     first, second = whole.tried[0], again.tried[0]
     assert (first["losses"], first["validation"]) == (second["losses"], second["validation"])
-    models = Repository(workplace / "models")
+    models = Repository(site / "models")
     assert whole.model == "people-student@1" and again.model == "people-student@2"
     assert models.manifest("people-student", "1").files["model.onnx"] == models.manifest("people-student", "2").files["model.onnx"]
 
@@ -316,10 +314,10 @@ async def test_a_cancelled_job_goes_on_as_if_it_had_not_been(workplace: Path, ba
     assert models.versions("people-student") == ["1", "2"]
 
 
-def test_what_cannot_be_trained_is_refused(workplace: Path, base: Path) -> None:
+def test_what_cannot_be_trained_is_refused(site: Path, base: Path) -> None:
     task = {"task": "token-classification"}
     settings = config(
-        workplace,
+        site,
         base,
         people=task,
         baseless={**task, "base": ""},
@@ -327,31 +325,31 @@ def test_what_cannot_be_trained_is_refused(workplace: Path, base: Path) -> None:
         headed={**task, "method": "linear-head"},
     )
     with pytest.raises(SkillNotFound, match="people"):
-        run(workplace, settings, "peple")
+        run(site, settings, "peple")
     with pytest.raises(InvalidArgument, match="auto, lora, full") as refused:
-        run(workplace, settings, "people", {"method": "prefix"})
+        run(site, settings, "people", {"method": "prefix"})
     assert refused.value.metadata["allowed"] == "auto,lora,full"
     with pytest.raises(InvalidArgument, match="linear-head"):
-        run(workplace, settings, "headed")
+        run(site, settings, "headed")
     with pytest.raises(FailedPrecondition, match="no base"):
-        run(workplace, settings, "baseless")
+        run(site, settings, "baseless")
     with pytest.raises(ModelNotFound, match="absent"):
-        run(workplace, settings, "foreign")
-    fill(workplace / "lake", named(200, 1), "people")
+        run(site, settings, "foreign")
+    fill(site / "lake", named(200, 1), "people")
     for name, value in (("seed", -1), ("seed", "x"), ("epochs", 0), ("epochs", 1.5), ("learning_rate", "high"), ("batch", True)):
         with pytest.raises(InvalidArgument, match=name):
-            run(workplace, settings, "people", {name: value})
+            run(site, settings, "people", {name: value})
 
 
-def test_too_little_data_says_how_much_and_why(workplace: Path, base: Path) -> None:
-    settings = config(workplace, base, people={"task": "token-classification", "labels": ["person"]}, find={"task": "text-ranking"})
+def test_too_little_data_says_how_much_and_why(site: Path, base: Path) -> None:
+    settings = config(site, base, people={"task": "token-classification", "labels": ["person"]}, find={"task": "text-ranking"})
     with pytest.raises(TooLittleData) as refused:
-        run(workplace, settings, "people")
+        run(site, settings, "people")
     assert (refused.value.metadata["rows"], refused.value.metadata["minimum"]) == ("0", "100")
     foreign = [{**row, "teacher_text": json.dumps([{"text": row["input"].split()[0], "label": "ship"}])} for row in named(150, 1)]
-    fill(workplace / "lake", foreign, "people")
+    fill(site / "lake", foreign, "people")
     with pytest.raises(TooLittleData, match=examples.FOREIGN_LABEL):
-        run(workplace, settings, "people")
-    fill(workplace / "lake", [{**row, "teacher_text": "0.5"} for row in relevant(140, 1)], "find")
+        run(site, settings, "people")
+    fill(site / "lake", [{**row, "teacher_text": "0.5"} for row in relevant(140, 1)], "find")
     with pytest.raises(TooLittleData, match="different scores"):
-        run(workplace, settings, "find")
+        run(site, settings, "find")

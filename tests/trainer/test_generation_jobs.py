@@ -20,7 +20,7 @@ from server.routing.skills import Skill, read_skill
 from server.runtime.lora.repository import ADAPTERS
 from server.runtime.references import read_reference
 from server.runtime.repository import Repository
-from tests.trainer.generation_bases import BASE, add_base, fill, job, texts, workplace, write_base
+from tests.trainer.generation_bases import BASE, add_base, fill, job, site, texts, write_base
 from trainer.context import JobContext
 from trainer.curate.rows import Row, is_held_out
 from trainer.generation import export, proof
@@ -58,7 +58,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def place(bases: Path, folder: Path, **skill: object) -> Config:
     shutil.copytree(bases / "models", folder / "models")
-    return workplace(folder, folder / "models", bases / "checkpoint", **skill)
+    return site(folder, folder / "models", bases / "checkpoint", **skill)
 
 
 def rows(count: int, seed: int = 0) -> list[Row]:
@@ -231,7 +231,7 @@ def test_what_cannot_be_trained_says_how_to_mend_it(bases: Path, tmp_path: Path,
     shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
 
     def refused(kind: type[Exception], words: str, checkpoint: Path, **skill: object) -> None:
-        other = workplace(tmp_path, tmp_path / "models", checkpoint, **skill)
+        other = site(tmp_path, tmp_path / "models", checkpoint, **skill)
         with pytest.raises(kind, match=words):
             load_torch(open_base(other, "kind", tmp_path / "scratch"))
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_trained_says_how_to_mend_it(bases: Path, tmp_path: Path,
 async def test_weights_of_another_base_are_found_out_before_anything_is_published(bases: Path, tmp_path: Path) -> None:
     shutil.copytree(bases / "models", tmp_path / "models")
     write_base(tmp_path / "twin", seed=1)
-    config = workplace(tmp_path, tmp_path / "models", tmp_path / "twin")
+    config = site(tmp_path, tmp_path / "models", tmp_path / "twin")
     fill(tmp_path / "lake", texts(300))
     from trainer.generation.run import same_weights
 
@@ -255,6 +255,6 @@ async def test_weights_of_another_base_are_found_out_before_anything_is_publishe
     prompts = [one.prompt for one in material.held_out[:4]]
     with pytest.raises(FailedPrecondition, match="not those of the served base"):
         await same_weights(config, base, load_torch(base), prompts)
-    good = workplace(tmp_path, tmp_path / "models", bases / "checkpoint")
+    good = site(tmp_path, tmp_path / "models", bases / "checkpoint")
     right = open_base(good, "kind", tmp_path / "scratch")
     await same_weights(good, right, load_torch(right), prompts)

@@ -13,12 +13,12 @@ pytest.importorskip("torch", reason="the trainer's extra is not installed")
 from server.config import load_config
 from server.registry.jobs import JobStore
 from server.registry.registry import Registry
-from tests.trainer.trainer_process import TrainerProcess, artefacts, curve, files, finish, kill_at, make_workplace
+from tests.trainer.trainer_process import TrainerProcess, artefacts, curve, files, finish, kill_at, make_site
 from tests.trainer_lake import fill, texts
 
 
 def test_a_job_whose_trainer_is_killed_ends_with_the_same_curve_and_artefact(tmp_path: Path, small_models: Path) -> None:
-    whole, killed = (make_workplace(tmp_path / name, small_models) for name in ("whole", "killed"))
+    whole, killed = (make_site(tmp_path / name, small_models) for name in ("whole", "killed"))
     fill(whole / "lake", texts(600, 1))
     shutil.copytree(whole / "lake", killed / "lake")
     before = files(whole / "models")

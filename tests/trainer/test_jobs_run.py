@@ -14,7 +14,7 @@ from server.config import Config, load_config
 from server.errors import TooLittleData
 from server.registry.jobs import Job, JobStore
 from server.registry.registry import Adapter, Registry
-from tests.trainer.trainer_process import TrainerProcess, make_workplace
+from tests.trainer.trainer_process import TrainerProcess, make_site
 from tests.trainer_lake import fill, texts
 from trainer import work
 from trainer.context import JobContext
@@ -25,7 +25,7 @@ Run = Callable[[Config, str, JobContext, Mapping[str, Any]], Report]
 
 @pytest.fixture
 def config(tmp_path: Path, small_models: Path) -> Config:
-    return load_config(make_workplace(tmp_path, small_models) / "understudy.toml", environ={})
+    return load_config(make_site(tmp_path, small_models) / "understudy.toml", environ={})
 
 
 @pytest.fixture

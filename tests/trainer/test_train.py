@@ -57,7 +57,7 @@ def fill(lake: Path, rows: list[tuple[str, str]], **more: object) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, small_models: Path) -> Path:
+def site(tmp_path: Path, small_models: Path) -> Path:
     shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
     (tmp_path / "understudy.toml").write_text(f"""
 [models]
@@ -81,16 +81,16 @@ teacher = "vendor/big"
     return tmp_path
 
 
-def config(workplace: Path) -> Config:
-    return load_config(workplace / "understudy.toml", environ={})
+def config(site: Path) -> Config:
+    return load_config(site / "understudy.toml", environ={})
 
 
-def run(workplace: Path, skill: str = "intent", **spec: object) -> Report:
+def run(site: Path, skill: str = "intent", **spec: object) -> Report:
     """A job as the trainer's worker runs it: its row is there before, and ends with it."""
-    registry = Registry(config(workplace).registry)
+    registry = Registry(config(site).registry)
     job = registry.start_job(skill, "train")
     try:
-        report = train(config(workplace), skill, JobContext(job, workplace / "jobs" / job), spec)
+        report = train(config(site), skill, JobContext(job, site / "jobs" / job), spec)
     except BaseException:
         registry.end_job(job, "failed")
         raise
@@ -101,43 +101,43 @@ def run(workplace: Path, skill: str = "intent", **spec: object) -> Report:
     return report
 
 
-def test_a_good_student_is_published_and_a_worse_one_is_not(workplace: Path) -> None:
-    fill(workplace / "lake", [*texts(400, 1), ("password reset twice", "weather")])
-    report = run(workplace)
+def test_a_good_student_is_published_and_a_worse_one_is_not(site: Path) -> None:
+    fill(site / "lake", [*texts(400, 1), ("password reset twice", "weather")])
+    report = run(site)
     assert (report.state, report.version, report.base) == ("succeeded", "1", "embedder@1")
     assert report.read == 401 == report.train_rows + report.held_out_rows + sum(report.dropped.values())
     assert report.labels_without_rows == ["unheard"] and report.dropped[FOREIGN_LABEL] == 1
     assert report.metrics["accuracy"] > 0.9 and report.metrics["local_share"] > 0.5
 
-    store = AdapterStore(workplace / "models" / "adapters")
+    store = AdapterStore(site / "models" / "adapters")
     store.refresh()
     head = store.current("intent")
     assert head is not None and head.manifest.metrics == report.metrics
     assert Calibration.from_json(head.manifest.calibration).rows == report.held_out_rows
     assert head.manifest.lineage["job"] == report.job and head.manifest.lineage["sources"] == {"big": 400}
 
-    registry = Registry(config(workplace).registry)
+    registry = Registry(config(site).registry)
     (job,) = registry.jobs("intent")
     (adapter,) = registry.adapters("intent")
     assert job.state == "succeeded" and adapter.sha256 == head.manifest.files["head.onnx"].sha256
-    used = table.read(workplace / "lake", INTERACTIONS, names=["interaction_id", "input"]).to_pylist()
+    used = table.read(site / "lake", INTERACTIONS, names=["interaction_id", "input"]).to_pylist()
     assert [found.version for found in registry.adapters_with(used[0]["interaction_id"])] == ["1"]
 
-    same = run(workplace)
+    same = run(site)
     assert same.state == "rejected" and "same rows" in same.reason
 
     # The teacher goes mad: what it says now is noise, and the student made of it must not replace the one that serves.
     rng = random.Random(5)
-    fill(workplace / "lake", [(text, rng.choice(sorted(WORDS))) for text, _ in texts(1500, 2)])
-    worse = run(workplace)
+    fill(site / "lake", [(text, rng.choice(sorted(WORDS))) for text, _ in texts(1500, 2)])
+    worse = run(site)
     assert worse.state == "rejected" and worse.reason and worse.version == ""
-    assert sorted(path.name for path in (workplace / "models" / "adapters" / "intent").iterdir()) == ["1"]
+    assert sorted(path.name for path in (site / "models" / "adapters" / "intent").iterdir()) == ["1"]
     assert [found.state for found in registry.jobs("intent")] == ["rejected", "rejected", "succeeded"]
     registry.close()
 
 
-def test_held_out_rows_are_never_trained_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(workplace / "lake", texts(300, 3))
+def test_held_out_rows_are_never_trained_on(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(site / "lake", texts(300, 3))
     from trainer import linear
 
     seen: list[int] = []
@@ -148,62 +148,60 @@ def test_held_out_rows_are_never_trained_on(workplace: Path, monkeypatch: pytest
         return fit(vectors, *more, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(linear, "fit", watch)
-    report = run(workplace)
+    report = run(site)
     held = sum(is_held_out(text) for text, _ in texts(300, 3))
     assert seen == [300 - held] and report.held_out_rows == held
 
 
-def test_too_little_data_says_how_much_and_why(workplace: Path) -> None:
+def test_too_little_data_says_how_much_and_why(site: Path) -> None:
     with pytest.raises(TooLittleData) as caught:
-        run(workplace)
+        run(site)
     assert caught.value.metadata["count"] == "0" and caught.value.metadata["minimum"] == "100"
-    fill(workplace / "lake", texts(250, 4), training_allowed=False)
+    fill(site / "lake", texts(250, 4), training_allowed=False)
     with pytest.raises(TooLittleData, match="training_allowed") as caught:
-        run(workplace)
+        run(site)
     assert caught.value.metadata["count"] == "0"
-    fill(workplace / "lake", texts(120, 4))
+    fill(site / "lake", texts(120, 4))
     with pytest.raises(TooLittleData, match="held-out"):
-        run(workplace)
-    registry = Registry(config(workplace).registry)
+        run(site)
+    registry = Registry(config(site).registry)
     assert {job.state for job in registry.jobs("intent")} == {"failed"}
     registry.close()
 
 
-def test_what_cannot_be_trained_is_refused(workplace: Path) -> None:
+def test_what_cannot_be_trained_is_refused(site: Path) -> None:
     with pytest.raises(SkillNotFound, match="'intent'"):
-        run(workplace, "intnt")
+        run(site, "intnt")
     with pytest.raises(FailedPrecondition, match="base"):
-        run(workplace, "baseless")
-    fill(workplace / "lake", texts(300, 3))
-    model = workplace / "models" / "embedder" / "1" / "model.onnx"
+        run(site, "baseless")
+    fill(site / "lake", texts(300, 3))
+    model = site / "models" / "embedder" / "1" / "model.onnx"
     model.chmod(0o644)
     model.write_bytes(model.read_bytes()[:-10])
     with pytest.raises(ModelRejected):
-        run(workplace)
+        run(site)
 
 
-def test_the_command_runs_it_as_a_process(workplace: Path) -> None:
-    fill(workplace / "lake", texts(300, 3))
-    report = workplace / "report.json"
+def test_the_command_runs_it_as_a_process(site: Path) -> None:
+    fill(site / "lake", texts(300, 3))
+    report = site / "report.json"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
-    command = [sys.executable, "-m", "server.cli", "train", "intent", "--config", str(workplace / "understudy.toml"), "--json", str(report)]
-    named = {"cwd": workplace, "env": environment, "capture_output": True, "text": True, "check": False}
+    command = [sys.executable, "-m", "server.cli", "train", "intent", "--config", str(site / "understudy.toml"), "--json", str(report)]
+    named = {"cwd": site, "env": environment, "capture_output": True, "text": True, "check": False}
     done = subprocess.run(command, **named)
     assert done.returncode == 0, done.stderr
     assert "published as version 1" in done.stdout and "held out" in done.stdout
     assert json.loads(report.read_text())["state"] == "succeeded"
-    bad = subprocess.run(
-        [*command[:4], "nothing", *command[5:]], cwd=workplace, env=environment, capture_output=True, text=True, check=False
-    )
+    bad = subprocess.run([*command[:4], "nothing", *command[5:]], cwd=site, env=environment, capture_output=True, text=True, check=False)
     assert bad.returncode == 1 and "There is no skill" in bad.stderr and "Traceback" not in bad.stderr
 
 
-def test_a_run_that_is_stopped_closes_its_job(workplace: Path) -> None:
-    fill(workplace / "lake", texts(300, 3))
+def test_a_run_that_is_stopped_closes_its_job(site: Path) -> None:
+    fill(site / "lake", texts(300, 3))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])}
-    command = [sys.executable, "-m", "trainer", "train", "intent", "--config", str(workplace / "understudy.toml")]
-    running = subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL)
-    registry = Registry(config(workplace).registry)
+    command = [sys.executable, "-m", "trainer", "train", "intent", "--config", str(site / "understudy.toml")]
+    running = subprocess.Popen(command, cwd=site, env=environment, stdout=subprocess.DEVNULL)
+    registry = Registry(config(site).registry)
     while not registry.jobs("intent"):
         assert running.poll() is None
     running.terminate()

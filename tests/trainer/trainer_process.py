@@ -1,4 +1,4 @@
-"""A trainer as a process of its own, and the workplace that it shares with a test."""
+"""A trainer as a process of its own, and the site that it shares with a test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("card", "password", "transfer")
 
 
-def make_workplace(folder: Path, small_models: Path, *, registry_url: str = "", more: str = "", skill: str = "") -> Path:
+def make_site(folder: Path, small_models: Path, *, registry_url: str = "", more: str = "", skill: str = "") -> Path:
     """A folder with a configuration, a model repository with one base, whose torch weights are at hand, and no lake yet."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(small_models / "embedder", folder / "models" / "embedder")
@@ -46,17 +46,17 @@ base = "embedder"
 
 
 class TrainerProcess:
-    """`python -m trainer work` in a workplace; its log is kept."""
+    """`python -m trainer work` in a site; its log is kept."""
 
-    def __init__(self, workplace: Path, *options: str) -> None:
+    def __init__(self, site: Path, *options: str) -> None:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "trainer", "work", "--config", str(workplace / "understudy.toml"), "--set", "log.format=json"]
-        quick = {"path": workplace / "training", "poll_s": 0.1, "lease_s": 3.0, "checkpoint_s": 0.2}
+        command = [sys.executable, "-m", "trainer", "work", "--config", str(site / "understudy.toml"), "--set", "log.format=json"]
+        quick = {"path": site / "training", "poll_s": 0.1, "lease_s": 3.0, "checkpoint_s": 0.2}
         command += [word for key, value in quick.items() for word in ("--set", f"training.{key}={value}")]
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [*command, *options], cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, *options], cwd=site, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -120,9 +120,9 @@ def kill_at(trainer: TrainerProcess, points: Path, step: int) -> bool:
     return False
 
 
-def finish(workplace: Path, store: JobStore, job: str) -> TrainerProcess:
+def finish(site: Path, store: JobStore, job: str) -> TrainerProcess:
     """Another trainer, until the job has ended."""
-    trainer = TrainerProcess(workplace)
+    trainer = TrainerProcess(site)
     while not store.get(job).ended and trainer.process.poll() is None:
         time.sleep(0.1)
     assert trainer.stop() == 0, trainer.lines
