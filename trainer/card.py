@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from server.errors import FailedPrecondition, Unavailable
-from trainer.report import Report
+from server.errors import FailedPrecondition, Unavailable, UnderstudyError
+from trainer.context import JobContext
+from trainer.report import SUCCEEDED, Report
 
 CARD = "README.md"
 # Metrics that a reader outside needs; the rest stands in the report.
@@ -25,6 +27,8 @@ _MEANING = {
     "concordance": "share of pairs of rows that are ordered as wanted",
     "ndcg": "nDCG@10",
     "mrr": "reciprocal rank of the first relevant one, among 10",
+    "acceptable": "share of held-out rows answered acceptably",
+    "exact_match": "share of held-out rows answered in the wanted words",
     "parity/agreement": "how far the exported file answers as the trained model",
 }
 _SHOWN = tuple(_MEANING)
@@ -39,6 +43,29 @@ class Lineage:
     table_version: int
     license: str = ""
     limits: tuple[str, ...] = field(default=())
+
+
+@dataclass(slots=True, frozen=True)
+class Published:
+    """What may be pushed: folders by their path in the Hub's repository; `repository` "owner/name", or "" for nowhere."""
+
+    folders: Mapping[str, Path]
+    repository: str = ""
+
+
+def tell(context: JobContext, report: Report, task: str, lineage: Lineage, published: Published) -> None:
+    """Writes the card into the job's folder, and pushes what was published to the Hub where the job says so."""
+    if find_spec("huggingface_hub") is None:
+        return
+    path = write_card(context.folder, report, task, lineage)
+    report.card = str(path)
+    if not published.repository or report.state != SUCCEEDED:
+        return
+    try:
+        context.log(f"pushed to {push(published.repository, published.folders, path)}")
+    except UnderstudyError as error:  # the student serves all the same
+        context.log(f"not pushed: {error.message}")
+        report.details["hub"] = error.message
 
 
 def write_card(folder: Path, report: Report, task: str, lineage: Lineage) -> Path:

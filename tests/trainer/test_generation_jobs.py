@@ -81,6 +81,8 @@ def test_a_job_publishes_what_answers_better_than_before(bases: Path, tmp_path: 
     assert report.metrics["parity_max_error"] <= proof.EXACT
     assert report.present_accuracy is not None
     assert report.present_accuracy < 0.2
+    card = Path(report.card).read_text(encoding="utf-8")
+    assert "pipeline_tag" in card and "exact_match" in card
     losses = [value for name, _, value in curves if name == "fine-tune/train/loss"]
     assert losses[-1] < losses[0] / 5
     reference = read_reference(tmp_path / "models" / "adapters" / "kind" / "1")

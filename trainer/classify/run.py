@@ -12,7 +12,7 @@ import numpy as np
 
 from server.config import Config
 from server.core import FloatArray
-from server.errors import FailedPrecondition, InvalidArgument, UnderstudyError
+from server.errors import FailedPrecondition, InvalidArgument
 from server.quality.calibration import BoolArray
 from server.registry.registry import CHAMPION, Registry
 from server.runtime.adapter_folder import version_numbers
@@ -244,23 +244,12 @@ class _Run:
         report.state, report.version = SUCCEEDED, manifest.version
 
     def _tell(self, lineage: Mapping[str, Any], hub_repo: str) -> None:
-        """Writes the card into the job's folder, and pushes what was published to the Hub where the job says so."""
-        report, folder = self._report, self._context.folder
-        if find_spec("huggingface_hub") is None:
-            return
-        models = Path(self._config.models.path)
+        """The card, and the Hub where the job says so."""
+        report, models = self._report, Path(self._config.models.path)
         license = Repository(models).manifest(self._settings.base).license
         made_of = card.Lineage(lineage["dataset"], lineage["fingerprint"], lineage["table_version"], license)
-        path = card.write_card(folder, report, self._settings.task, made_of)
-        report.card = str(path)
-        if not hub_repo or report.state != SUCCEEDED:
-            return
         folders = {"head": publish.adapters_folder(self._config, self._skill) / report.version}
         if report.model:
             name, _, version = report.model.partition("@")
             folders["encoder"] = models / name / version
-        try:
-            self._context.log(f"pushed to {card.push(hub_repo, folders, path)}")
-        except UnderstudyError as error:  # the student serves all the same
-            self._context.log(f"not pushed: {error.message}")
-            report.details["hub"] = error.message
+        card.tell(self._context, report, self._settings.task, made_of, card.Published(folders, hub_repo))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from server.config import Config
-from server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkillNotFound, TooLittleData, UnderstudyError, near_names
+from server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkillNotFound, TooLittleData, near_names
 from server.registry.registry import Adapter, ModelRecord, Registry
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.references import Reference, Target, write_reference
@@ -278,22 +278,12 @@ class _Run:
                 return write_reference(self._folder / str(number), reference)
 
     def _tell(self, lineage: Mapping[str, Any], hub_repo: str) -> None:
-        """Writes the card into the job's folder, and pushes what was published to the Hub where the job says so."""
+        """The card, and the Hub where the job says so."""
         report = self._report
-        if find_spec("huggingface_hub") is None:
-            return
         made_of = card.Lineage(lineage["dataset"], lineage["fingerprint"], lineage["table_version"], self._source.manifest.license)
-        path = card.write_card(self._context.folder, report, self._task, made_of)
-        report.card = str(path)
-        if not hub_repo or report.state != SUCCEEDED:
-            return
         name, _, version = report.model.partition("@")
         folders = {"student": self._folder / report.version, "model": self._models / name / version}
-        try:
-            self._context.log(f"pushed to {card.push(hub_repo, folders, path)}")
-        except UnderstudyError as error:  # the student serves all the same
-            self._context.log(f"not pushed: {error.message}")
-            report.details["hub"] = error.message
+        card.tell(self._context, report, self._task, made_of, card.Published(folders, hub_repo))
 
     def _finish(self, present: Present) -> None:
         """Says what the job published before it died."""

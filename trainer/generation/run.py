@@ -19,6 +19,7 @@ from server.registry.registry import Adapter, Registry
 from server.routing.skills import Skill, read_skill
 from server.runtime.adapter_folder import version_numbers
 from server.runtime.references import Reference, Target, read_reference, write_reference
+from trainer import card
 from trainer.context import JobContext
 from trainer.curate.rows import Curated
 from trainer.generation import export, proof
@@ -321,15 +322,26 @@ class _Run:
             if target.adapter and not self._unchanged(trial.exported.target, target, trial.exported.root):
                 raise ModelRejected(f"the adapter {target.shown} is not the one that was proven. Look at the disk, and train again.")
             used = [(row.interaction_id, row.held_out) for row in curated.rows]
-            self._registry.add_dataset(context.job, curated.table_version, curated.fingerprint, used)
+            dataset = self._registry.add_dataset(context.job, curated.table_version, curated.fingerprint, used)
             reference = self._reference(trial, target, curated)
             self._registry.add_adapter(
                 Adapter(skill.name, reference.version, reference.kind, self._base.shown, target.sha256, trial.metrics, context.job)
             )
         report.state, report.version, report.model = SUCCEEDED, reference.version, "" if target.adapter else target.shown
         report.parameters = trial.recipe.to_json()
+        self._card(target, card.Lineage(dataset, curated.fingerprint, curated.table_version, self._base.manifest.license))
         for done in (trial.exported.root, context.folder / trial.recipe.method / "checkpoints"):
             shutil.rmtree(done, ignore_errors=True)
+
+    def _card(self, target: Target, made_of: card.Lineage) -> None:
+        """The model card, and the Hub where the job says so."""
+        from server.runtime.lora.repository import ADAPTERS
+
+        folder = self._root / target.model / target.version
+        if target.adapter:
+            folder = self._root / ADAPTERS / target.model / target.adapter / target.adapter_version
+        folders = {"student": self._students / self.report.version, "adapter" if target.adapter else "model": folder}
+        card.tell(self._context, self.report, self._skill.task, made_of, card.Published(folders, str(self._spec.get("hub_repo") or "")))
 
     def _reference(self, trial: _Trial, target: Target, curated: Curated) -> Reference:
         lineage = {
