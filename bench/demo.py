@@ -147,6 +147,7 @@ labels = {labels}
 teacher = "simulation/{MODEL}"
 base = "{BASE}"
 rollout = "full"  # so few requests leave no time for a shadow and canaries
+method = "linear-head"  # seconds; auto would go on to whole encoders where the bar asks for it
 """,
             encoding="utf-8",
         )
