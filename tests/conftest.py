@@ -10,8 +10,14 @@ import pytest
 from tests.postgres_server import postgres_server, why_no_postgres
 from tests.server_process import ServerProcess
 from tests.small_models import build_repository
+from trainer.endings import keep_swig_types
 
 StartServer = Callable[..., ServerProcess]
+
+
+def pytest_unconfigure() -> None:
+    """A run in which all tests passed is to end with 0."""
+    keep_swig_types()
 
 
 @pytest.fixture(scope="session")

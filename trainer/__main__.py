@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Its own telemetry setting, before anything imports it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from trainer.endings import keep_swig_types
+
 if TYPE_CHECKING:
     from server.config import Config
     from trainer.report import Report
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        keep_swig_types()
 
 
 def _parser() -> argparse.ArgumentParser:
