@@ -55,8 +55,8 @@ class Plan:
     days: Sequence[Sequence[tuple[str, str]]]
     labels: Sequence[str]
     accuracy: dict[int, float]
-    schedule: str = "when 400 new good rows"
-    deliver_bar: float = 0.62
+    schedule: str = "when 1000 new good rows"
+    deliver_bar: float = 0.5
     min_rows: int = 100
     rate: float = 80.0
     latency_ms: float = 100.0
