@@ -56,7 +56,7 @@ class Plan:
     labels: Sequence[str]
     accuracy: dict[int, float]
     schedule: str = "when 1000 new good rows"
-    deliver_bar: float = 0.5
+    deliver_bar: float = 0.6
     min_rows: int = 100
     rate: float = 80.0
     latency_ms: float = 100.0
