@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil, log
 
 from server.errors import InvalidArgument
 from server.routing import rollout as machine
@@ -18,8 +19,11 @@ from server.routing.rollout_watch import WORDS, Reference, Watch
 from server.routing.skills import Skill
 from server.settings import RolloutConfig
 
-# Comparisons that follow one in which the student disagreed, all of them: a student that went bad is found out in those.
-BURST = 6
+# A student that went bad is found out by comparing one answer after the other. How many, follows from a CUSUM (Page 1954) of what the
+# comparisons say for a fall of so many points below the promise: so many agreements as would take it below ENOUGH again, at most BURST. A
+# teacher that errs disagrees now and then with the best student, and is not asked ten times for each of its errors.
+FALL, ENOUGH, BURST = 0.3, 1.0, 6
+_LEAST_DISAGREEMENT, _MOST_DISAGREEMENT = 0.02, 0.6
 # After a sign that something changed the teacher is asked beside this share of so many answers.
 SUSPICIOUS_SHARE, SUSPICIOUS_REQUESTS = 0.5, 150
 # Answers for which feedback is still taken up.
@@ -77,6 +81,7 @@ class Live:
     signs: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
     _burst: int = 0
+    _doubt: float = 0.0
     _suspicious_until: int = 0
     _watch: Watch | None = None
     _remembered: OrderedDict[str, _Remembered] = field(default_factory=OrderedDict)
@@ -90,6 +95,7 @@ class Live:
         if rollout.epoch != self.rollout.epoch or rollout.student != self.rollout.student:
             self.mine, self.others, self.dirty = Evidence(), Evidence(), False
             self._burst = self._suspicious_until = 0
+            self._doubt = 0.0
             self.suspended = self.cause = ""
             past = rollout.past
             reference = Reference(past.labels, past.qualities, (past.thumbs_up, past.thumbs_down))
@@ -142,10 +148,19 @@ class Live:
                 self.champion_suspended = machine.champion_alarming(now, self.seen(), self.config)
         if seen.agreed is not None:
             mine.compare(seen.agreed, now_ms, seen.champion_agreed)
-            if not seen.agreed:
-                self._burst, bad = BURST, True
+            self._doubted(seen.agreed)
+            bad = bad or not seen.agreed
         self._remember(seen)
         return self._look(bad) or bool(self.champion_suspended)
+
+    def _doubted(self, agreed: bool) -> None:
+        """After a comparison: what it says for a fall, and how many are to follow it at once."""
+        usual = min(max(1.0 - self.rollout.target, _LEAST_DISAGREEMENT), _MOST_DISAGREEMENT)
+        fallen = min(usual + FALL, 0.95)
+        against = log((1.0 - usual) / (1.0 - fallen))
+        self._doubt = max(self._doubt + (-against if agreed else log(fallen / usual)), 0.0)
+        if not agreed and self._doubt > ENOUGH:
+            self._burst = min(ceil((self._doubt - ENOUGH) / against), BURST)
 
     def _answered(self, skill: Skill, seen: Seen, now_ms: int) -> bool:
         """Counts the student's answer, or that there was none. True where that speaks against it."""
