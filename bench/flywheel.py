@@ -55,7 +55,7 @@ class Plan:
     days: Sequence[Sequence[tuple[str, str]]]
     labels: Sequence[str]
     accuracy: dict[int, float]
-    schedule: str = "when 800 new good rows"
+    schedule: str = "when 500 new good rows"
     deliver_bar: float = 0.6
     min_rows: int = 100
     rate: float = 80.0
