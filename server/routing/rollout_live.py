@@ -22,7 +22,7 @@ from server.settings import RolloutConfig
 # A student that went bad is found out by comparing one answer after the other. How many, follows from a CUSUM (Page 1954) of what the
 # comparisons say for a fall of so many points below the promise: so many agreements as would take it below ENOUGH again, at most BURST. A
 # teacher that errs disagrees now and then with the best student, and is not asked ten times for each of its errors.
-FALL, ENOUGH, BURST = 0.3, 1.0, 6
+FALL, ENOUGH, BURST = 0.3, 0.6, 6
 _LEAST_DISAGREEMENT, _MOST_DISAGREEMENT = 0.02, 0.6
 # After a sign that something changed the teacher is asked beside this share of so many answers.
 SUSPICIOUS_SHARE, SUSPICIOUS_REQUESTS = 0.5, 150
