@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -360,6 +361,20 @@ def write_results(path: Path, rows: Sequence[Row], seen: dict[str, Any]) -> None
         old[r.name] = {"name": r.name, "bar": r.bar, "measured": r.measured, "met": r.met, "parts": r.parts, "commit": seen["commit"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": seen, "rows": list(old.values())}, indent=2) + "\n")
+
+
+def run_modules(name: str, measures: Mapping[str, tuple[str, str]], about: str | None) -> None:
+    """As run_measures; `measures` maps a bar's name to a module of bench.measures and its function, imported when it is measured."""
+
+    def later(module: str, function: str) -> Callable[[], Row]:
+        def measure() -> Row:
+            row = getattr(importlib.import_module(f"bench.measures.{module}"), function)()
+            assert isinstance(row, Row)
+            return row
+
+        return measure
+
+    run_measures(name, {bar: (f"see bench/measures/{module}.py", later(module, of)) for bar, (module, of) in measures.items()}, about)
 
 
 def run_measures(name: str, measures: Mapping[str, tuple[str, Callable[[], Row]]], about: str | None) -> None:

@@ -8,10 +8,7 @@ under build/bench. Data that only some machines have (SHARED of bench/harness.py
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-
-from bench.harness import Row, run_measures
+from bench.harness import run_modules
 
 # Name -> module and function of bench.measures, imported when they are measured; what each bar asks stands beside it there.
 _MEASURES = {
@@ -28,22 +25,9 @@ _MEASURES = {
 }
 
 
-def _later(module: str, function: str) -> Callable[[], Row]:
-    def measure() -> Row:
-        row = getattr(importlib.import_module(f"bench.measures.{module}"), function)()
-        assert isinstance(row, Row)
-        return row
-
-    return measure
-
-
 def main() -> None:
     """See the module."""
-    run_measures(
-        "route",
-        {name: (f"see bench/measures/{module}.py", _later(module, function)) for name, (module, function) in _MEASURES.items()},
-        __doc__,
-    )
+    run_modules("route", _MEASURES, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ import pytest
 from server.config import Config, load_config
 from server.errors import FailedPrecondition, ModelRejected, SkillNotFound, TooLittleData
 from server.lake import table
-from server.lake.ids import IdKey
-from server.lake.log import Log
 from server.lake.schema import INTERACTIONS
 from server.quality.calibration import Calibration
 from server.registry.registry import Registry
 from server.runtime.adapters import AdapterStore
+from tests.trainer_lake import WORDS, fill, texts
 from trainer.context import JobContext
 from trainer.curate.answers import FOREIGN_LABEL
 from trainer.curate.rows import is_held_out
@@ -30,30 +28,6 @@ from trainer.report import Report
 from trainer.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = {
-    "card": ["card", "lost", "found", "who"],
-    "password": ["password", "reset", "how", "i"],
-    "transfer": ["money", "transfer", "late", "where"],
-}
-
-
-def texts(count: int, seed: int) -> list[tuple[str, str]]:
-    rng = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
-        label = rng.choice(sorted(WORDS))
-        found[" ".join(rng.choice(WORDS[label]) for _ in range(rng.randint(3, 8))) + " " + rng.choice("abcdefghijklm")] = label
-    return list(found.items())
-
-
-def fill(lake: Path, rows: list[tuple[str, str]], **more: object) -> None:
-    key = IdKey.open(lake / "id.key")
-    log = Log(table.log_folder(lake, INTERACTIONS))
-    base = {"skill": "intent", "input_kind": "text", "training_allowed": True, "source_model": "big", **more}
-    for text, label in rows:
-        log.append([{"time_ns": time.time_ns(), "interaction_id": key.new(), "input": text, "teacher_label": label, **base}])
-    log.close()
-    table.convert(lake, INTERACTIONS)
 
 
 @pytest.fixture
