@@ -86,6 +86,45 @@ def live_one(
     return life
 
 
+def challenge(seed: int, behind: float, differing: float = 0.15, requests: int = 2000, config: RolloutConfig | None = None) -> Life:
+    """A challenger beside a champion at full, until it is at full or was rolled back: in so many of the requests the two say different
+    things, and the challenger is `behind` by that share of all requests. What the teacher is asked for is counted in `full_asked`.
+    """
+    config = config or RolloutConfig()
+    dice, skill = random.Random(seed), Skill("simulated", labels=_NAMES, teachers=("simulation/teacher",))
+    target, tolerance = 0.9, config.margin + (0.09 / _ROWS) ** 0.5
+    champion = replace(machine.begin(Rollout(), VERSION, target, tolerance, "begun"), stage=machine.FULL, percent=100)
+    live = Live(config)
+    live.become(machine.begin(champion, "2", target, tolerance, "begun"), 1)
+    life = Life()
+    for number in range(requests):
+        now = live.rollout
+        inside = dice.random() * 100 < now.percent
+        draw = dice.random()
+        worse, better = draw < (differing + behind) / 2, (differing + behind) / 2 <= draw < differing
+        drawn = dice.random() < live.share()
+        if drawn:
+            live.drawn()
+        life.requests += 1
+        life.full_asked += drawn or (not inside and (worse or better))
+        key = str(number)
+        decision = Decision(skill.name, now.stage, candidate=f"local:{skill.name}@{'2' if inside else VERSION}", local=True)
+        champion_right = worse or (not better and dice.random() < (target - (differing + behind) / 2) / (1 - differing))
+        mine_right = champion_right and not worse or better
+        answer = Answer(Reply("said", labels=(Label("said", 0.9),)), 0.9, elapsed_s=0.01)
+        seen = Seen(Item(Work(key), Outcome(key, decision)), "2", answer, None, None)
+        seen.agreed = mine_right if drawn else None
+        seen.champion_agreed = champion_right if drawn and not inside else None
+        seen.pair = None if inside else int(better) - int(worse)
+        live.saw(skill, seen)
+        if number % _POLL == 0 or live.suspended:
+            _poll(live, life, number)
+        if life.back_at is not None or life.full_at is not None or not live.rollout.champion:
+            break
+    life.stage, life.percent = live.rollout.stage, live.rollout.percent
+    return life
+
+
 def _request(world: World, live: Live, skill: Skill, dice: random.Random, life: Life, number: int) -> None:
     now = live.rollout
     gone_bad = world.bad is not None and life.full_at is not None and number - life.full_at >= world.bad_from

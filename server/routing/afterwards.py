@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import Call, Limits, Preference, Priority, Timings
+from server.core import Call, Limits, Preference, Priority, Reply, Timings
 from server.lake.lake import Lake
 from server.lake.schema import SHADOWS
 from server.routing.candidates import Allowance, Answer, Brief, Candidate, Failure
@@ -43,6 +43,35 @@ class Done:
     user_hash: str | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class _Pair:
+    """What the student and the champion would have delivered, None where the teacher would have been asked instead."""
+
+    mine: Reply | None
+    champion: Reply | None
+    teacher: Reply | None
+    agree: Callable[[Reply, Reply], bool]
+
+    @property
+    def same(self) -> bool:
+        """Whether both say the same, so that nobody else has to be asked."""
+        return self.mine is not None and self.champion is not None and self.agree(self.mine, self.champion)
+
+    @property
+    def open(self) -> bool:
+        """Whether only the teacher can tell."""
+        return self.teacher is None and not self.same
+
+    def difference(self) -> int | None:
+        """See Evidence.pair; None where the teacher did not answer. Who leaves it to the teacher is right by the teacher."""
+        if self.same:
+            return 0
+        if self.teacher is None:
+            return None
+        mine, champion = (one is None or self.agree(one, self.teacher) for one in (self.mine, self.champion))
+        return int(mine) - int(champion)
+
+
 class Afterwards:
     """One a process, on its event loop. `teacher` makes the candidate that sets a skill's standard, None where there is none."""
 
@@ -71,7 +100,7 @@ class Afterwards:
             return
         drawn: list[float | None] = [self._draw(done, item) if moves else None for item in done.items]
         asked = [item for item, share in zip(done.items, drawn, strict=True) if share is not None and self._wants_teacher(done, item)]
-        if not asked and all(task.done() for task in done.shadows):
+        if not asked and not self._pairs(done) and all(task.done() for task in done.shadows):
             self._finish(done, drawn)
             return
         self._begin(self._go_on(done, drawn, asked))
@@ -124,10 +153,42 @@ class Afterwards:
     async def _go_on(self, done: Done, drawn: list[float | None], asked: Sequence[Item]) -> None:
         try:
             await asyncio.gather(self._ask_teacher(done, asked, drawn), *done.shadows)
+            await self._settle(done, drawn)
         finally:
             for task in done.shadows:
                 task.cancel()
         self._finish(done, drawn)
+
+    async def _settle(self, done: Done, drawn: list[float | None]) -> None:
+        """Asks the teacher whose answer it would have given, the student's or the champion's, where they say different things."""
+        if not self._pairs(done):
+            return
+        unsettled = [(pair := self._pair(done, item)) is not None and pair.open for item in done.items]
+        shares = [1.0 if asked else share for asked, share in zip(unsettled, drawn, strict=True)]
+        await self._ask_teacher(done, [item for item, asked in zip(done.items, unsettled, strict=True) if asked], shares)
+
+    def _pairs(self, done: Done) -> bool:
+        """Whether a challenger runs in the shadow of the champion."""
+        return self._rollouts is not None and bool(done.standing.champion and done.standing.moves and done.shadows)
+
+    def _pair(self, done: Done, item: Item) -> _Pair | None:
+        """The student's answer beside the champion's in whose shadow it was; None where there is no such pair."""
+        skill, standing = done.brief.skill, done.standing
+        name = f"local:{skill.name}@{standing.student}"
+        mine, champion = item.answers.get(name), item.answers.get(f"local:{skill.name}@{standing.champion}")
+        if (
+            mine is None
+            or champion is None
+            or not any(hop.candidate == name and hop.outcome == "shadow" for hop in item.outcome.decision.hops)
+        ):
+            return None
+        pair = _Pair(
+            mine.reply if _delivered(mine, skill.deliver_bar) else None,
+            champion.reply if _delivered(champion, skill.deliver_bar) else None,
+            teacher.reply if (teacher := item.answers.get(skill.teacher)) is not None else None,
+            lambda one, other: agrees(skill.task, item.work.plain, one, other),
+        )
+        return pair if pair.mine is not None or pair.champion is not None else None
 
     async def _ask_teacher(self, done: Done, items: Sequence[Item], drawn: list[float | None]) -> None:
         """Within the budgets, whose reservations hold here too; what they refuse is not asked."""
@@ -185,6 +246,8 @@ class Afterwards:
                     self._probes.keep(skill.name, standing.student, Probe(item.work, mine.reply, teacher.reply))
             if champion is not None and _delivered(champion, skill.deliver_bar):
                 seen.champion_agreed = agrees(skill.task, item.work.plain, champion.reply, teacher.reply)
+        if standing.champion and (pair := self._pair(done, item)) is not None:
+            seen.pair = pair.difference()
         self._rollouts.saw(skill, seen)
 
     def _write(self, done: Done, rows: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,9 @@ refutes "its share is at most target - tolerance", and back when it refutes "at 
 tolerance is the margin of the configuration with the sampling error of the target. A small canary can do little harm: to enter a stage in
 which it answers a share x, only target - tolerance / x has to be surpassed, so that all answers together lose no more than the tolerance.
 
-A new version of a skill whose champion is at full goes through its own shadow and canary beside it.
+A new version of a skill whose champion is at full goes through its own shadow and canary beside it, and is measured by it: it goes on
+when the evidence refutes "it is right on fewer requests than the champion, by more than the tolerance". Where both say the same there is no
+difference, whatever the teacher would say, so the teacher is asked for the others alone: a few dozen questions replace some hundred.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from server.routing.rollout_bounds import bounds, evidence_above, evidence_below, evidence_of_change
+from server.routing.rollout_bounds import bounds, evidence_above, evidence_below, evidence_not_behind, evidence_of_change
 from server.routing.rollout_evidence import Evidence, latency_quantile
 
 HELD, SHADOW, CANARY, FULL, ROLLED_BACK = "held", "shadow", "canary", "full", "rolled_back"
@@ -57,6 +59,7 @@ class Past:
     stretches: int = 0
     better: int = 0
     worse: int = 0
+    paired: int = 0
     labels: Mapping[str, int] = field(default_factory=dict)
     qualities: Mapping[str, int] = field(default_factory=dict)
     teacher_s: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class Past:
             self.stretches + seen.stretches_forgotten + len(seen.stretches),
             self.better + seen.better,
             self.worse + seen.worse,
+            self.paired + seen.paired,
             _sum(self.labels, seen.labels),
             _sum(self.qualities, seen.qualities),
             _sum(self.teacher_s, seen.teacher_s),
@@ -212,16 +216,26 @@ def judge(now: Rollout, seen: Evidence, rules: Rules) -> Verdict:
         return say.verdict("rollback", bad)
     if now.stage == FULL:
         return say.verdict("stay", "at full; the teacher goes on being asked for some")
+    share = LADDER[_rung(now) + 1][1] / 100
+    if now.champion:
+        return _beside_champion(now, seen, rules, share, say)
     if seen.compared < rules.min_comparisons:
         return say.verdict("stay", f"{seen.compared} of {rules.min_comparisons} comparisons that this stage needs")
-    share = LADDER[_rung(now) + 1][1] / 100
     least = max(now.target - now.tolerance / share, 0.0)
     if evidence_above(compared, agreed, least, now.target) < 1.0 / rules.alpha:
         return say.verdict("stay", f"inconclusive: not yet shown to be above {least:.3f}, which the next stage asks")
-    worse = now.past.worse + seen.worse - now.past.better - seen.better
-    if now.champion and worse > now.tolerance * max(compared, 1):
-        return say.verdict("stay", f"inconclusive: {worse} answers behind the champion so far")
     return say.verdict("promote", f"shown to be above {least:.3f}")
+
+
+def _beside_champion(now: Rollout, seen: Evidence, rules: Rules, share: float, say: _Words) -> Verdict:
+    """Whether a challenger goes on: by its answers in the shadow of the champion's."""
+    if seen.paired < rules.min_comparisons:
+        return say.verdict("stay", f"{seen.paired} of {rules.min_comparisons} answers beside the champion's that this stage needs")
+    paired, better, worse = now.past.paired + seen.paired, now.past.better + seen.better, now.past.worse + seen.worse
+    told = f"{worse} worse, {better} better, of {paired} beside the champion's"
+    if evidence_not_behind(paired, better, worse, now.tolerance / share) < 1.0 / rules.alpha:
+        return say.verdict("stay", f"inconclusive: not yet shown to be within {now.tolerance / share:.3f} of the champion: {told}")
+    return say.verdict("promote", f"shown to be within {min(now.tolerance / share, 1.0):.3f} of the champion: {told}")
 
 
 def alarming(now: Rollout, seen: Evidence, rules: Rules) -> str:
@@ -288,12 +302,12 @@ def _worse_than_promised(now: Rollout, seen: Evidence, rules: Rules, say: _Words
 def _worse_than_champion(now: Rollout, seen: Evidence, rules: Rules) -> str:
     """By the sign test of paired answers, where the difference is more than is tolerated."""
     better, worse = now.past.better + seen.better, now.past.worse + seen.worse
-    compared = now.past.compared + seen.compared
-    if not now.champion or worse - better <= now.tolerance * compared:
+    paired = now.past.paired + seen.paired
+    if not now.champion or worse - better <= now.tolerance * paired:
         return ""
     if evidence_below(better + worse, better, 0.5) < 1.0 / (_OF_AGREEMENT * rules.alpha):
         return ""
-    return f"it is worse than the champion: {worse} answers for {better}, of {compared}"
+    return f"it is worse than the champion: {worse} answers for {better}, of {paired}"
 
 
 def _failing(now: Rollout, seen: Evidence, rules: Rules) -> str:

@@ -271,7 +271,7 @@ class RolloutBook:
             return self._change(name, machine.drop_champion(now, live.champion_suspended), AUTO, live.champion_suspended, seen)
         if now.paused:
             return None
-        newest = self._newest(name, now, seen.compared)
+        newest = self._newest(name, now, max(seen.compared, seen.paired))
         if newest is not None:
             reason = f"version {newest.version} was published"
             target, tolerance = promised(newest, self._book.get(name).deliver_bar, self.config.margin)
@@ -315,7 +315,7 @@ class RolloutBook:
         live = self._live[name]
         row = StoredRollout(name, after.stage, after.percent, after.student, after.to_json(), live.revision + 1)
         evidence: dict[str, float] = {"compared": seen.compared, "agreed": seen.agreed, "requests": seen.requests, "answers": seen.answers}
-        evidence |= {"failed": seen.failed, "better": seen.better, "worse": seen.worse}
+        evidence |= {"failed": seen.failed, "better": seen.better, "worse": seen.worse, "paired": seen.paired}
         if verdict is not None:
             evidence |= {"lower": round(verdict.lower, 4), "upper": round(verdict.upper, 4), "all_compared": verdict.compared}
         aliases = {

@@ -19,6 +19,8 @@ from functools import lru_cache
 # Alternatives to "the share is at least p": the share is c * p. From "a little worse" to "nearly never".
 _FACTORS = (0.995, 0.99, 0.98, 0.96, 0.93, 0.88, 0.8, 0.68, 0.5, 0.3, 0.1)
 _LOG_FACTORS = tuple(math.log(c) for c in _FACTORS)
+# Shares of the capital, below 2: nothing is lost at once.
+_BETS = (0.1, 0.25, 0.5, 1.0, 1.4, 1.8)
 _EPSILON = 1e-6
 _BISECTIONS = 30
 # sum over j >= 1 of 1 / j^1.2, rounded up: starting points may go on for ever.
@@ -48,6 +50,26 @@ def evidence_below(n: int, successes: int, share: float, likely: float | None = 
 def evidence_above(n: int, successes: int, share: float, likely: float | None = None) -> float:
     """An e-process against "outcomes succeed with probability `share` or less"; `likely` is above `share`."""
     return evidence_below(n, n - successes, 1.0 - share, None if likely is None else 1.0 - likely)
+
+
+def evidence_not_behind(n: int, better: int, worse: int, margin: float) -> float:
+    """An e-process against "what is compared is worse oftener than it is better, by the share `margin` of all pairs or more".
+
+    A pair is 1 where it is better, 0 where it is worse, 1/2 where it is neither; the hypothesis is that their mean is (1 - margin) / 2 at
+    most. The evidence is the capital of somebody who bets fixed shares on more (Waudby-Smith and Ramdas 2024), the mean over the shares.
+    """
+    if n <= 0:
+        return 1.0
+    if margin >= 1.0:
+        return math.inf
+    edge = (1.0 - margin) / 2.0
+    neither = n - better - worse
+    return _mean_exp(
+        [
+            better * math.log1p(bet * (1.0 - edge)) + worse * math.log1p(-bet * edge) + neither * math.log1p(bet * (0.5 - edge))
+            for bet in _BETS
+        ]
+    )
 
 
 def bounds(n: int, successes: int, alpha: float) -> tuple[float, float]:

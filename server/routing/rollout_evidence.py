@@ -22,10 +22,11 @@ class Evidence:
     """Sums of one stage, of one server or of all.
 
     `compared` of the student's answers that would be delivered had the teacher's beside them, `agreed` were the same. `blocks`: the newest
-    comparisons in stretches [time_ms, compared, agreed]; `forgotten` older stretches were dropped. `better` and `worse`: compared answers
-    in which the student agreed with the teacher and the champion did not, and the other way round. `answers` were asked of the
-    student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed, slow]. `champion_blocks` are of
-    the champion beside it. `labels` and `qualities` count what the student said, and how sure it was.
+    comparisons in stretches [time_ms, compared, agreed]; `forgotten` older stretches were dropped. `paired`: requests of the champion's
+    in whose shadow the student ran, and that one of both at least would have delivered; of those the student was `better`, or `worse`: the
+    champion's would have been right by the teacher and the student's not. Where both say the same nobody is asked, and it is neither.
+    `answers` were asked of the student, `failed` of them came to nothing, `slow` took too long; `stretches`: [time_ms, answers, failed,
+    slow]. `champion_blocks` are of the champion beside it. `labels` and `qualities` count what the student said, and how sure it was.
     """
 
     requests: int = 0
@@ -35,6 +36,7 @@ class Evidence:
     forgotten: int = 0
     better: int = 0
     worse: int = 0
+    paired: int = 0
     answers: int = 0
     failed: int = 0
     slow: int = 0
@@ -51,18 +53,21 @@ class Evidence:
     champion_blocks: list[list[int]] = field(default_factory=list)
     champion_forgotten: int = 0
 
-    def compare(self, agreed: bool, now_ms: int = 0, champion_agreed: bool | None = None) -> None:
+    def compare(self, agreed: bool, now_ms: int = 0) -> None:
         """Counts an answer that would be delivered and the teacher's beside it."""
         self.compared += 1
         self.agreed += agreed
-        if champion_agreed is not None and champion_agreed != agreed:
-            self.better += agreed
-            self.worse += not agreed
         self.forgotten += _add(self.blocks, agreed, now_ms)
 
     def compare_champion(self, agreed: bool, now_ms: int = 0) -> None:
         """The same of the champion's answer."""
         self.champion_forgotten += _add(self.champion_blocks, agreed, now_ms)
+
+    def pair(self, difference: int) -> None:
+        """Counts a pair of answers: 1, the student's was better, -1, worse, 0, neither."""
+        self.paired += 1
+        self.better += difference > 0
+        self.worse += difference < 0
 
     def correct(self, agreed: bool) -> None:
         """A person says that a comparison counted was the other way round; `agreed`: what holds now. Which stretch it was in is not known:

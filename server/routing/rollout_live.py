@@ -40,6 +40,7 @@ class Seen:
     """What became of one item: the answers of the rollout's student and of the teacher, where they were asked.
 
     `agreed`: whether the student's answer is the teacher's, None where it would not be delivered or is not counted; of the champion too.
+    `pair`: how the student's answer compares with the champion's, in whose shadow it was; see Evidence.pair.
     """
 
     item: Item
@@ -49,6 +50,7 @@ class Seen:
     teacher: Answer | None
     agreed: bool | None = None
     champion_agreed: bool | None = None
+    pair: int | None = None
 
 
 @dataclass(slots=True)
@@ -120,9 +122,9 @@ class Live:
         if self._burst > 0:
             return 1.0
         usual = config.teacher_share
-        if now.moving and now.percent < 80:
+        if now.moving and now.percent < 80 and not now.champion:  # beside a champion, pairs tell
             usual = config.canary_share
-        elif now.stage == machine.FULL and self.mine.requests < config.first_requests:
+        elif now.stage == machine.FULL and self.mine.requests < config.first_requests and not now.past.paired:
             usual = max(usual, config.first_share)
         return max(usual, SUSPICIOUS_SHARE) if self.mine.requests < self._suspicious_until else usual
 
@@ -147,9 +149,12 @@ class Live:
             if not seen.champion_agreed and not self.champion_suspended and not now.paused:
                 self.champion_suspended = machine.champion_alarming(now, self.seen(), self.config)
         if seen.agreed is not None:
-            mine.compare(seen.agreed, now_ms, seen.champion_agreed)
+            mine.compare(seen.agreed, now_ms)
             self._doubted(seen.agreed)
             bad = bad or not seen.agreed
+        if seen.pair is not None:
+            mine.pair(seen.pair)
+            bad = bad or seen.pair < 0
         self._remember(seen)
         return self._look(bad) or bool(self.champion_suspended)
 

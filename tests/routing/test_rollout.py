@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from bench.rollout_simulation import World, agreement, live_one
+from bench.rollout_simulation import World, agreement, challenge, live_one
 from server.routing import rollout as machine
 from server.routing.rollout import Past, Rollout
 from server.routing.rollout_evidence import Evidence, latency_class, latency_quantile, total
+from server.routing.rollout_live import Live
 from server.routing.rollout_watch import LABELS, QUALITY, THUMBS, Reference, Watch, cause
 from server.settings import RolloutConfig
 
@@ -55,7 +56,8 @@ def test_a_new_version_goes_beside_the_champion_and_takes_its_place() -> None:
     now = begun("2", at_full("1"))
     assert (now.stage, now.student, now.champion, now.serving) == ("shadow", "2", "1", "1")
     while now.moving:
-        now = machine.promote(now, seen(100, 92), "good")
+        now = machine.promote(now, seen(100, 92, paired=100), "good")
+    assert now.past.paired == 400
     assert (now.stage, now.student, now.champion, now.former) == ("full", "2", "", ("1",))
     assert now.versions == ("2", "1")
 
@@ -108,9 +110,20 @@ def test_guards_take_a_student_back_whatever_it_agrees() -> None:
 
 def test_a_student_worse_than_its_champion_does_not_follow_it() -> None:
     now = begun("2", at_full("1"))
-    assert "worse than the champion" in machine.alarming(now, seen(300, 270, better=2, worse=30), RULES)
-    assert machine.judge(now, seen(300, 272, better=15, worse=31), RULES).step == "stay", "not shown, and not passed over"
-    assert machine.judge(now, seen(300, 272, better=20, worse=20), RULES).step == "promote"
+    late = replace(now, stage="canary", percent=80)
+    assert "worse than the champion" in machine.alarming(now, seen(300, 270, paired=300, better=2, worse=30), RULES)
+    verdict = machine.judge(late, seen(10, 9, paired=300, better=5, worse=20), RULES)
+    assert verdict.step == "stay" and "inconclusive" in verdict.reason, "not shown, and not passed over"
+    assert machine.judge(late, seen(10, 9, paired=500, better=16, worse=16), RULES).step == "promote", "few need the teacher"
+    assert machine.judge(now, seen(300, 272, paired=49), RULES).step == "stay"
+
+
+def test_a_challenger_asks_the_teacher_no_oftener_than_a_champion() -> None:
+    live = Live(RolloutConfig())
+    live.become(begun("2", at_full("1")), 1)
+    assert live.share() == live.config.teacher_share
+    live.become(begun("1"), 2)
+    assert live.share() == live.config.canary_share
 
 
 def test_a_champion_that_goes_bad_beside_its_challenger_goes() -> None:
@@ -165,6 +178,19 @@ def test_seeded_bad_students_do_not_pass_their_canary() -> None:
     promised = agreement(0.95, 0.95)
     lives = [live_one(World(student=0.8, promised=promised), seed, 1200, to_full=True) for seed in range(40)]
     assert sum(life.full_at is not None for life in lives) <= 2 and sum(life.back_at is not None for life in lives) >= 36
+
+
+def test_seeded_challengers_behind_their_champion_do_not_take_its_place() -> None:
+    lives = [challenge(seed, behind=0.10) for seed in range(60)]
+    assert sum(life.full_at is not None for life in lives) <= 60 * 0.05 + 3
+
+
+def test_seeded_challengers_as_good_as_their_champion_take_its_place_for_a_few_questions() -> None:
+    lives = [challenge(seed, behind=0.0, config=RolloutConfig(margin=0.06)) for seed in range(60)]
+    assert sum(life.back_at is not None for life in lives) <= 60 * 0.05 + 3
+    arrived = [life for life in lives if life.full_at is not None]
+    assert len(arrived) >= 50
+    assert sorted(life.full_asked / life.requests for life in arrived)[len(arrived) // 2] < 0.2
 
 
 def test_seeded_good_students_reach_full_and_stay() -> None:

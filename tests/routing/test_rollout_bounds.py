@@ -12,6 +12,7 @@ from server.routing.rollout_bounds import (
     chi_square_tail,
     evidence_above,
     evidence_below,
+    evidence_not_behind,
     evidence_of_change,
     same_distribution,
 )
@@ -55,6 +56,28 @@ def test_a_true_share_leaves_its_sequence_no_oftener_than_alpha() -> None:
                 left += 1
                 break
     assert left <= 200 * (0.05 + 0.05)
+
+
+@pytest.mark.parametrize(("margin", "differing"), [(0.02, 0.1), (0.06, 0.08), (0.06, 0.5), (0.3, 0.4)])
+def test_one_that_is_behind_by_the_margin_is_seldom_shown_not_to_be(margin: float, differing: float) -> None:
+    shown = 0
+    for seed in range(300):
+        dice = random.Random(seed)
+        better = worse = 0
+        for n in range(1, 601):
+            drawn = dice.random()
+            better += drawn < (differing - margin) / 2
+            worse += (differing - margin) / 2 <= drawn < differing
+            if evidence_not_behind(n, better, worse, margin) >= 20:
+                shown += 1
+                break
+    assert shown <= 300 * 0.05 + 3 * (300 * 0.05 * 0.95) ** 0.5
+
+
+def test_an_equal_one_is_shown_to_keep_up_by_a_few_dozen_that_differ() -> None:
+    assert evidence_not_behind(0, 0, 0, 0.06) == 1.0 and evidence_not_behind(1, 0, 1, 1.0) == math.inf
+    assert evidence_not_behind(250, 10, 10, 0.06) >= 20, "20 of 250 had to be asked about"
+    assert evidence_not_behind(250, 5, 20, 0.06) < 1.0
 
 
 def test_a_change_is_found_that_the_whole_would_hide() -> None:
