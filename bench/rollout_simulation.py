@@ -110,7 +110,7 @@ def challenge(seed: int, behind: float, differing: float = 0.15, requests: int =
         key = str(number)
         decision = Decision(skill.name, now.stage, candidate=f"local:{skill.name}@{'2' if inside else VERSION}", local=True)
         champion_right = worse or (not better and dice.random() < (target - (differing + behind) / 2) / (1 - differing))
-        mine_right = champion_right and not worse or better
+        mine_right = (champion_right and not worse) or better
         answer = Answer(Reply("said", labels=(Label("said", 0.9),)), 0.9, elapsed_s=0.01)
         seen = Seen(Item(Work(key), Outcome(key, decision)), "2", answer, None, None)
         seen.agreed = mine_right if drawn else None
