@@ -98,6 +98,15 @@ $(TOOLS)/bin/%: | $(BIN)/python
 	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
 GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
+GO_protoc-gen-go           := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+GO_protoc-gen-go-grpc      := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+GO_protoc-gen-grpc-gateway := github.com/grpc-ecosystem/grpc-gateway/v2/protoc-gen-grpc-gateway@v2.33.0
+
+# Go code of the protos: clients/go/gen, and the gateway's handlers.
+GO_PLUGINS := $(addprefix $(TOOLS)/bin/,protoc-gen-go protoc-gen-go-grpc protoc-gen-grpc-gateway)
+$(TOOLS)/.go-gen: $(PROTOS) protos/generate_go.py $(VENV)/.serve | $(GO_PLUGINS)
+	$(BIN)/python protos/generate_go.py $(TOOLS)/bin
+	@touch $@
 
 format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
 	$(BIN)/ruff check --fix -q .

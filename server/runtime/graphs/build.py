@@ -103,8 +103,8 @@ def finish_int8(model: Checkpoint, out: Path, task: Task, chosen: dict[str, Choi
 
     While the check fails, the worst of them go back to float32, a few at a time.
     """
-    limits = parity.tolerances(model.kind, "int8")
     want = forward(model, held)[1]
+    limits = parity.tolerances(model.kind, "int8", len(want))
     worst = sorted(chosen, key=lambda name: chosen[name].error, reverse=True)
     floats: set[str] = set()
     for attempt in range(RETRIES + 1):

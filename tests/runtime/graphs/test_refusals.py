@@ -169,9 +169,20 @@ def test_parity_fails_above_its_tolerance_and_on_nan() -> None:
     ):
         got = want + np.float32(noise) * np.random.default_rng(1).standard_normal(want.shape).astype(np.float32)
         figures = parity.measure(HeadKind.HIDDEN, got, want, cu)
-        assert bool(parity.failures(figures, parity.tolerances(HeadKind.HIDDEN, form))) is not passes
+        assert bool(parity.failures(figures, parity.tolerances(HeadKind.HIDDEN, form, 40))) is not passes
     with pytest.raises(ModelRejected, match="cosine_mean"):
         parity.require(figures, parity.INT8_HIDDEN, "")
+
+
+def test_one_row_of_few_is_no_evidence_and_two_are() -> None:
+    want = np.eye(4, dtype=np.float32)[np.arange(20) % 4] * 10
+    for wrong, passes in ((0, True), (1, True), (2, False)):
+        got = want + np.float32(0.3) * np.random.default_rng(1).standard_normal(want.shape).astype(np.float32)
+        got[:wrong] = np.roll(got[:wrong], 1, axis=1)
+        agreement = {"agreement": parity.tolerances(HeadKind.SEQUENCE, "int8", len(want))["agreement"]}
+        figures = {"agreement": float((got.argmax(axis=1) == want.argmax(axis=1)).mean())}
+        assert bool(parity.failures(figures, agreement)) is not passes
+    assert parity.tolerances(HeadKind.SEQUENCE, "int8", 400)["agreement"][0] == 0.97
 
 
 def test_known_architectures(tmp_path: Path) -> None:
