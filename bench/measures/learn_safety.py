@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from bench.harness import Row, part, row_of
-from bench.rollout_simulation import Life, World, agreement, live_one
+from bench.rollout_simulation import Life, World, agreement, challenge, live_one
 
 RUNS = int(os.environ.get("UNDERSTUDY_SAFETY_RUNS", "1000"))
 FEW = max(RUNS // 10, 20)
@@ -30,6 +30,7 @@ def safety() -> Row:
     began = time.monotonic()
     bad = [live_one(World(student=0.85, promised=PROMISED), seed, LONGEST, to_full=True) for seed in range(RUNS)]
     passed = _share(bad, lambda life: life.full_at is not None)
+    behind = _share([challenge(seed, behind=0.1, requests=LONGEST) for seed in range(RUNS)], lambda life: life.full_at is not None)
     wrong, half, some = _fallen(0.0, RUNS), _fallen(0.5, RUNS), _fallen(0.7, FEW)
     good = [live_one(GOOD, seed, LONGEST, to_full=True) for seed in range(FEW)]
     calm = [live_one(GOOD, seed, CALM, full=True) for seed in range(FEW)]
@@ -40,6 +41,7 @@ def safety() -> Row:
     asked = sum(one.full_asked for one in calm) / max(sum(one.full_requests for one in calm), 1)
     parts = [
         part("bad ones that passed the canary", "<= 0.05", passed, passed <= 0.05, runs=RUNS),
+        part("challengers 10 points behind that took the champion's place", "<= 0.05", behind, behind <= 0.05, runs=RUNS),
         part("all wrong: back within 300", ">= 0.95", _in_time(wrong), _in_time(wrong) >= 0.95, median=_median(wrong), runs=RUNS),
         part("half wrong: back within 300", ">= 0.95", _in_time(half), _in_time(half) >= 0.95, median=_median(half), runs=RUNS),
         part("good ones taken back", "<= 0.05", lost, lost <= 0.05, runs=2 * FEW),

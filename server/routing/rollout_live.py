@@ -150,7 +150,7 @@ class Live:
                 self.champion_suspended = machine.champion_alarming(now, self.seen(), self.config)
         if seen.agreed is not None:
             mine.compare(seen.agreed, now_ms)
-            self._doubted(seen.agreed)
+            self._doubted(seen.agreed, seen.mine.quality if seen.mine is not None else None)
             bad = bad or not seen.agreed
         if seen.pair is not None:
             mine.pair(seen.pair)
@@ -158,9 +158,12 @@ class Live:
         self._remember(seen)
         return self._look(bad) or bool(self.champion_suspended)
 
-    def _doubted(self, agreed: bool) -> None:
-        """After a comparison: what it says for a fall, and how many are to follow it at once."""
-        usual = min(max(1.0 - self.rollout.target, _LEAST_DISAGREEMENT), _MOST_DISAGREEMENT)
+    def _doubted(self, agreed: bool, quality: float | None) -> None:
+        """After a comparison: what it says for a fall, and how many are to follow it at once. An answer that the student was not sure of
+        says less where it was wrong.
+        """
+        unsure = 0.0 if quality is None else 1.0 - quality
+        usual = min(max(1.0 - self.rollout.target, unsure, _LEAST_DISAGREEMENT), _MOST_DISAGREEMENT)
         fallen = min(usual + FALL, 0.95)
         against = log((1.0 - usual) / (1.0 - fallen))
         self._doubt = max(self._doubt + (-against if agreed else log(fallen / usual)), 0.0)
