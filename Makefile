@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run test lint console format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run gateway test lint console format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -127,6 +127,11 @@ CHROMIUM ?= /usr/bin/chromium
 $(CHROMIUM):
 	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "The console's tests need Chromium: install the package chromium, or set CHROMIUM=/path/to/it."; exit 1; }
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null
+
+# The gateway is one static program; `go build` itself knows what is out of date.
+GATEWAY := build/gateway/understudy-gateway
+gateway: $(TOOLS)/.go-gen  ## Builds the HTTP gateway: REST, OpenAI's paths, documents, console.
+	cd gateway && PATH="$$PATH:$(CURDIR)/$(BIN)" CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../$(GATEWAY) .
 
 format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
 	$(BIN)/ruff check --fix -q .
