@@ -42,12 +42,30 @@ class Priority(IntEnum):
     BULK = 2
 
 
+class Role(IntEnum):
+    """What a caller may do, by the numbers of understudy.v1.Role. Each may do what those before it may."""
+
+    VIEWER = 1
+    USER = 2
+    OPERATOR = 3
+    ADMIN = 4
+
+
+@dataclass(slots=True, frozen=True)
+class Caller:
+    """Who calls: `name` is a key's resource name, or "anonymous" where no keys are asked for. `skills`: those it may ask; empty: all."""
+
+    name: str = "anonymous"
+    role: Role = Role.ADMIN
+    skills: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class Call:
     """What a request carries from the edge down: identity, deadline, priority, and whether its caller left.
 
     `deadline` is monotonic seconds, or None. `cancelled` is set by the edge, on the event loop, when the caller leaves; every stage
-    may look at it, from any thread; it never goes back to False.
+    may look at it, from any thread; it never goes back to False. `tenant`: id of the caller's key, "" where there is none.
     """
 
     request_id: str

@@ -11,7 +11,8 @@ UnderstudyError
 │   ├── SkillNotFound
 │   ├── AdapterNotFound
 │   ├── InteractionNotFound
-│   └── JobNotFound
+│   ├── JobNotFound
+│   └── ApiKeyNotFound
 ├── AlreadyExists
 ├── FailedPrecondition       right request, wrong state
 │   ├── ModelNotLoaded
@@ -22,6 +23,7 @@ UnderstudyError
 │   └── TooLittleData            the trainer has fewer rows than it needs
 ├── ResourceExhausted        the answer is "not now"; carries `retry_after_s`
 │   ├── Overloaded               a queue is full
+│   ├── RateLimited              a key's calls come faster than it may
 │   ├── BudgetExceeded
 │   └── OutOfMemory
 ├── DeadlineExceeded         the caller's deadline passed; says at which stage
@@ -108,6 +110,10 @@ class JobNotFound(NotFound):
     reason = "JOB_NOT_FOUND"
 
 
+class ApiKeyNotFound(NotFound):
+    reason = "API_KEY_NOT_FOUND"
+
+
 class AlreadyExists(UnderstudyError):
     reason = "ALREADY_EXISTS"
     code = "ALREADY_EXISTS"
@@ -149,6 +155,10 @@ class ResourceExhausted(UnderstudyError):
 
 class Overloaded(ResourceExhausted):
     reason = "OVERLOADED"
+
+
+class RateLimited(ResourceExhausted):
+    reason = "RATE_LIMITED"
 
 
 class BudgetExceeded(ResourceExhausted):

@@ -245,3 +245,40 @@ BUDGET_ALERTS = Table(
     Column("level", String(16), primary_key=True),
     Column("create_ms", BigInteger, nullable=False),
 )
+
+# Keys that callers name themselves with, and what they may do; never deleted. `secret_hash`: SHA-256 in hexadecimal; `skills`: JSON list;
+# budgets in 1e-6 US dollars. Only `last_use_ms` and `revoke_ms` ever change.
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    Column("id", String(8), primary_key=True),
+    Column("secret_hash", String(64), nullable=False),
+    Column("display_name", String(128), nullable=False),
+    Column("role", Integer, nullable=False),
+    Column("skills", Text, nullable=False),
+    Column("expire_ms", BigInteger),
+    Column("requests_per_minute", Integer, nullable=False),
+    Column("budget_day", BigInteger),
+    Column("budget_month", BigInteger),
+    Column("creator", String(64), nullable=False),
+    Column("create_ms", BigInteger, nullable=False),
+    Column("last_use_ms", BigInteger),
+    Column("revoke_ms", BigInteger),
+    Index("api_keys_by_time", "create_ms", "id"),
+)
+
+# What was changed by whom, or refused for want of a role. `id` begins with the time, so that its order is the events'.
+AUDIT_EVENTS = Table(
+    "audit_events",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("method", String(160), nullable=False),
+    Column("resource", String(256), nullable=False),
+    Column("code", String(32), nullable=False),
+    Column("request_id", String(128), nullable=False),
+    Column("peer", String(128), nullable=False),
+    Index("audit_events_by_actor", "actor", "id"),
+    Index("audit_events_by_time", "time_ms"),
+)
