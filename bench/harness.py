@@ -57,6 +57,16 @@ def row_of(name: str, bar: str, parts: list[dict[str, Any]]) -> Row:
     return Row(name, bar, {p["name"]: p["measured"] for p in parts}, all(p["met"] for p in parts), parts)
 
 
+def tests_pass(name: str, *arguments: str) -> dict[str, Any]:
+    """Runs pytest; met when every test passed and there was one at least."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    last = done.stdout.splitlines()[-1] if done.stdout else ""
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
+    met = done.returncode == 0 and counts.get("passed", 0) > 0
+    return part(name, "every test passes", counts, met, tests=" ".join(arguments), problems=[] if met else [done.stdout[-1500:]])
+
+
 def conditions() -> dict[str, Any]:
     """The machine and the libraries, so that a figure is never without them."""
     import numpy

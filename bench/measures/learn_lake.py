@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT, Row, part, row_of, short_texts
+from bench.harness import ROOT, Row, part, row_of, short_texts, tests_pass
 
 LOSSLESS = (
     "200 random kill -9 of server and trainer under load: every interaction whose response completed is in the lake exactly once; every "
@@ -67,10 +67,8 @@ def recording() -> Row:
 
 def erasure() -> Row:
     """The tests that hold the bar, run here: they look for a canary in the bytes of every file, in clear and encrypted lakes."""
-    from bench.measures.routing_faults import _tests
-
     return row_of(
-        "erasure", ERASURE, [_tests("canary in every file, both modes, old versions included", "tests/lake/test_lake_erasure.py")]
+        "erasure", ERASURE, [tests_pass("canary in every file, both modes, old versions included", "tests/lake/test_lake_erasure.py")]
     )
 
 

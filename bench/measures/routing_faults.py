@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-
-from bench.harness import ROOT, Row, part, row_of
+from bench.harness import Row, row_of, tests_pass
 
 FAULTS = (
     "provider that refuses, stalls before or between tokens, sends 429/500/529, cuts the stream, sends garbage or zero tokens: the next"
@@ -21,9 +17,9 @@ def faults() -> Row:
         "faults",
         FAULTS,
         [
-            _tests("the whole server, both wire formats", "tests/routing/test_faults_end_to_end.py"),
-            _tests("each provider by itself", "tests/providers/test_faults.py"),
-            _tests("the cascade's own rules", "tests/routing/test_cascade.py"),
+            tests_pass("the whole server, both wire formats", "tests/routing/test_faults_end_to_end.py"),
+            tests_pass("each provider by itself", "tests/providers/test_faults.py"),
+            tests_pass("the cascade's own rules", "tests/routing/test_cascade.py"),
         ],
     )
 
@@ -33,18 +29,8 @@ def secrets() -> Row:
         "secrets",
         SECRETS,
         [
-            _tests("logs, lake, and process list of the whole server", "tests/routing/test_faults_end_to_end.py", "-k", "key"),
-            _tests("logs at debug level, errors, reprs and tracebacks of both libraries", "tests/providers/test_secrets.py"),
-            _tests("logs, lake and metrics of skills", "tests/routing/test_skill_rpcs.py"),
+            tests_pass("logs, lake, and process list of the whole server", "tests/routing/test_faults_end_to_end.py", "-k", "key"),
+            tests_pass("logs at debug level, errors, reprs and tracebacks of both libraries", "tests/providers/test_secrets.py"),
+            tests_pass("logs, lake and metrics of skills", "tests/routing/test_skill_rpcs.py"),
         ],
     )
-
-
-def _tests(name: str, *arguments: str) -> dict[str, object]:
-    """Runs pytest; met when every test passed and there was one at least."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    last = done.stdout.splitlines()[-1] if done.stdout else ""
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
-    met = done.returncode == 0 and counts.get("passed", 0) > 0
-    return part(name, "every test passes", counts, met, tests=" ".join(arguments), problems=[] if met else [done.stdout[-1500:]])
