@@ -180,7 +180,14 @@ class App:
             (_service("model_service", "ModelService"), ModelServicer(runtime)),
             (
                 _service("stats_service", "StatsService"),
-                stats.StatsServicer(runtime, self._metrics, self._guard, budget=skills.budget, providers=skills.providers),
+                stats.StatsServicer(
+                    runtime,
+                    self._metrics,
+                    self._guard,
+                    budget=skills.budget,
+                    providers=skills.providers,
+                    interactions=skills.interactions,
+                ),
             ),
             (OPEN_INFERENCE, open_inference),
         ]

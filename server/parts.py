@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from server.api.ensembles import EnsembleServicer
 from server.api.feedback import FeedbackServicer
 from server.api.generate_skill import SkillGeneration
+from server.api.interactions import Interactions, Reading
 from server.api.run import RunServicer
 from server.api.selection import Selection
 from server.api.skills import SkillServicer
@@ -46,6 +47,7 @@ class SkillParts:
     skills: SkillServicer
     feedback: FeedbackServicer
     ensembles: EnsembleServicer
+    interactions: Interactions
     adapters: AdapterStore
     lake: Lake
     registry: Registry
@@ -66,6 +68,7 @@ class SkillParts:
     async def close(self) -> None:
         """Stops in the order of dependence; the lake's log is sealed and converted last."""
         await self.afterwards.close()
+        await self.interactions.reading.close()
         await self.adapters.stop()
         await self.rollouts.close()
         await self.difficulty.stop()
@@ -126,6 +129,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         SkillServicer(book, rollouts),
         FeedbackServicer(lake, registry, LakeReader(config, registry), observer=rollouts),
         EnsembleServicer(ensembles),
+        Interactions(config, registry, lake.ids, book, Reading()),
         store,
         lake,
         registry,

@@ -78,7 +78,7 @@ class FeedbackServicer:
             raise FailedPrecondition("This server does not read its lake; feedback is taken and not listed here.")
         rows = await asyncio.to_thread(_rows_of, self._reader, request.interaction_id)
         later = [row for row in rows if after is None or _place(row) > (after[1], after[0])]
-        response = pb.ListFeedbackResponse(feedback=[_from_record(row) for row in later[:size]])
+        response = pb.ListFeedbackResponse(feedback=[to_feedback(row) for row in later[:size]])
         if len(later) > size:
             time_ns, feedback_id = _place(later[size - 1])
             response.next_page_token = page_token(feedback_id, time_ns)
@@ -104,7 +104,7 @@ class FeedbackServicer:
             records = await asyncio.to_thread(self._remember, [one.request_id for _, one in requests], records, known)
         for record in fresh.values():
             self._tell(record)
-        return [_from_record(record) for record in records]
+        return [to_feedback(record) for record in records]
 
     def _known(self, interaction_id: str, field: str) -> None:
         """Raises InteractionNotFound for an id that this lake never gave out."""
@@ -194,7 +194,8 @@ def _place(record: dict[str, Any]) -> tuple[int, str]:
     return record["time_ns"], record["feedback_id"]
 
 
-def _from_record(record: dict[str, Any]) -> feedback_pb2.Feedback:
+def to_feedback(record: dict[str, Any]) -> feedback_pb2.Feedback:
+    """A record, or a row of table feedback with `time_ns`, as a message."""
     feedback = feedback_pb2.Feedback(
         feedback_id=record["feedback_id"],
         interaction_id=record["interaction_id"],

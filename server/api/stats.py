@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from server.api.guard import Guard
+from server.api.interactions import Interactions
 from server.api.models import timestamp, to_model
 from server.api.wire import Context
-from server.errors import NotFound, near_names
+from server.errors import FailedPrecondition, NotFound, near_names
 from server.metrics import Metrics
 from server.runtime import kernels
 from server.runtime.runtime import Runtime
@@ -58,10 +59,12 @@ class StatsServicer:
         *,
         budget: Budget | None = None,
         providers: Mapping[str, Healthy] | None = None,
+        interactions: Interactions | None = None,
     ) -> None:
         self._runtime = runtime
         self._budget = budget
         self._providers = providers or {}
+        self._interactions = interactions
         self._metrics = metrics
         self._guard = guard
         self._build = kernels.describe()
@@ -134,6 +137,23 @@ class StatsServicer:
             alert_at=config.alert_at,
             stop_at=config.stop_at,
         )
+
+    async def GetTimeline(self, request: pb.GetTimelineRequest, _context: Context) -> pb.GetTimelineResponse:
+        """How skills did over time."""
+        return await self._recorded().timeline(request)
+
+    async def ListInteractions(self, request: pb.ListInteractionsRequest, _context: Context) -> pb.ListInteractionsResponse:
+        """What is recorded, newest first."""
+        return await self._recorded().page(request)
+
+    async def GetInteraction(self, request: pb.GetInteractionRequest, _context: Context) -> pb.GetInteractionResponse:
+        """One of them."""
+        return await self._recorded().get(request)
+
+    def _recorded(self) -> Interactions:
+        if self._interactions is None:
+            raise FailedPrecondition("This server does not read its lake; ask one that does.")
+        return self._interactions
 
 
 def to_budget(status: BudgetStatus) -> budget_pb2.Budget:

@@ -83,10 +83,10 @@ class LakeReader:
         rows = self._read(INTERACTIONS, own, skill, since, until, include_erased)
         rows = rows.sort_by([("time", "ascending"), ("interaction_id", "ascending")])
         if not set(wanted).isdisjoint({*_FILLED["teacher"], *_FILLED["student"], "student", "student_version", "training_allowed"}):
-            rows = _with_shadows(rows, self._read(SHADOWS, schema.columns(SHADOWS), skill, None, None, include_erased))
+            rows = with_shadows(rows, self._read(SHADOWS, schema.columns(SHADOWS), skill, None, None, include_erased))
         if not set(wanted).isdisjoint(_JOINED[1:]):
             said = [name for name in schema.columns(FEEDBACK) if name != "date"]
-            rows = _with_feedback(rows, self._read(FEEDBACK, said, None, None, None, include_erased))
+            rows = with_feedback(rows, self._read(FEEDBACK, said, None, None, None, include_erased))
         return rows.select(wanted)
 
     def feedback(self, *, since: datetime | None = None, until: datetime | None = None, include_erased: bool = False) -> pa.Table:
@@ -113,10 +113,10 @@ class LakeReader:
         where = table.between(since, until)
         needed = list(dict.fromkeys([*columns, "interaction_id", "user_hash", "sealed"]))
         rows = table.read(self._place, name, equals={"skill": skill} if skill else None, names=needed, where=where)
-        return self._opened(name, rows, include_erased).select(columns)
+        return self.opened(name, rows, include_erased=include_erased).select(columns)
 
-    def _opened(self, name: str, rows: pa.Table, include_erased: bool) -> pa.Table:
-        """Without the rows of erased users (or with them, empty), and with payloads in clear."""
+    def opened(self, name: str, rows: pa.Table, *, include_erased: bool = False) -> pa.Table:
+        """Rows of a table without those of erased users (or with them, empty), and with payloads in clear."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -170,7 +170,8 @@ def _opened(name: str, rows: pa.Table, payloads: list[str], keys: Mapping[str, b
     return rows
 
 
-def _with_shadows(rows: pa.Table, shadows: pa.Table) -> pa.Table:
+def with_shadows(rows: pa.Table, shadows: pa.Table) -> pa.Table:
+    """Interactions filled with the last answers that came later, and with `teacher_source_model`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -204,7 +205,8 @@ def _with_shadows(rows: pa.Table, shadows: pa.Table) -> pa.Table:
     return rows
 
 
-def _with_feedback(rows: pa.Table, feedback: pa.Table) -> pa.Table:
+def with_feedback(rows: pa.Table, feedback: pa.Table) -> pa.Table:
+    """Interactions with the columns that feedback adds."""
     import pyarrow as pa
 
     said: dict[str, dict[str, Any]] = {}
