@@ -78,14 +78,26 @@ func Register(mux *http.ServeMux, conn grpc.ClientConnInterface) {
 		stats:     pb.NewStatsServiceClient(conn),
 		health:    grpc_health_v1.NewHealthClient(conn),
 	}
-	methods := map[string][]string{}
+	byPath := map[string][]route{}
 	for _, one := range routes {
-		mux.HandleFunc(one.method+" "+one.path, func(w http.ResponseWriter, r *http.Request) { a.serve(w, r, one) })
-		methods[one.path] = append(methods[one.path], one.method)
+		byPath[one.path] = append(byPath[one.path], one)
 	}
-	for path, allowed := range methods {
-		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) { refuseMethod(w, r, allowed) })
+	for path, served := range byPath {
+		// One pattern for all methods: what is not served on a path is not to reach what stands at "/".
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) { a.choose(w, r, served) })
 	}
+}
+
+func (a *api) choose(w http.ResponseWriter, r *http.Request, served []route) {
+	allowed := []string{}
+	for _, one := range served {
+		if one.method == r.Method || one.method == http.MethodGet && r.Method == http.MethodHead {
+			a.serve(w, r, one)
+			return
+		}
+		allowed = append(allowed, one.method)
+	}
+	refuseMethod(w, r, allowed)
 }
 
 func (a *api) serve(w http.ResponseWriter, r *http.Request, one route) {
