@@ -10,6 +10,7 @@ from typing import TypeAlias, TypeVar
 from server.api import calls, convert
 from server.api.generate_skill import SkillGeneration
 from server.api.selection import Selection
+from server.api.skill_requests import tool_choice_of
 from server.api.wire import Context
 from server.core import Call, FinishReason, Format, Message, Task, Timings, Tool, ToolCall
 from server.errors import InvalidArgument
@@ -42,7 +43,7 @@ class GenerateServicer:
     async def Generate(self, request: pb.GenerateRequest, _context: Context) -> AsyncIterator[pb.GenerateResponse]:
         """What the answers get, as it comes. While the caller reads slowly, what has come meanwhile is merged."""
         call = _call(request)
-        if request.skill:
+        if _routed(request):
             async for response in self._skills.stream(request, _tools(request), call):
                 yield response
             return
@@ -65,7 +66,7 @@ class GenerateServicer:
     async def GenerateText(self, request: pb.GenerateTextRequest, _context: Context) -> pb.GenerateTextResponse:
         """The answers, whole."""
         call = _call(request)
-        if request.skill:
+        if _routed(request):
             return await self._skills.whole(request, _tools(request), call)
         _refuse_route(request)
         with self._use(request) as model:
@@ -86,6 +87,11 @@ def _call(request: AnyRequest) -> Call:
     if not 0 <= request.priority <= 3:
         raise InvalidArgument(f"priority {request.priority} does not exist; expected a value of Priority.", field="priority")
     return calls.current_call(request.priority)
+
+
+def _routed(request: AnyRequest) -> bool:
+    """Whether the router answers: for a skill, and for a provider's model, whose name has a slash as no local one's has."""
+    return bool(request.skill) or "/" in request.model.name
 
 
 def _refuse_route(request: AnyRequest) -> None:
@@ -188,11 +194,14 @@ def to_request(request: AnyRequest) -> GenerateRequest:
     if kind is None:
         raise InvalidArgument("the request has no input; expected prompt, chat or token_ids.", field="prompt")
     sampling = request.sampling
+    tools = _tools(request)
+    choice = tool_choice_of(request.tool_choice, tools)
     return GenerateRequest(
         prompt=request.prompt if kind == "prompt" else None,
         messages=_messages(request.chat.messages) if kind == "chat" else None,
         token_ids=request.token_ids.ids if kind == "token_ids" else None,
-        tools=_tools(request),
+        tools=[] if choice == "none" else tools,
+        tool_choice="" if choice == "none" else choice,
         sampling=_sampling(request),
         max_tokens=sampling.max_tokens,
         n=sampling.n or 1,

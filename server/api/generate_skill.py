@@ -1,4 +1,4 @@
-"""Generate and GenerateText where a skill is named: the router's answer in place of one model's."""
+"""Generate and GenerateText where a skill or a provider's model is named: the router's answer in place of one local model's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from typing import Any
 from google.protobuf.message import Message as ProtoMessage
 
 from server.api import calls, convert
-from server.api.skill_requests import MAX_TEXT_BYTES, check_user, decision_of, limits_of, messages_of
+from server.api.skill_requests import (
+    MAX_TEXT_BYTES,
+    check_user,
+    decision_of,
+    limits_of,
+    messages_of,
+    only_providers,
+    provider_model,
+    tool_choice_of,
+)
 from server.core import Call, FinishReason, Outcome, Tool, Work
 from server.errors import InvalidArgument, RequestTooLarge
 from server.routing.briefing import Ask
+from server.routing.candidates import Manner
 from server.routing.router import Router
 from understudy.v1 import common_pb2, generation_pb2
 from understudy.v1 import inference_service_pb2 as pb
 
 _TASK = "text-generation"
-_SAMPLING = ("max_tokens", "temperature")
+_SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed")
+# Of a provider's model that is named, where the request says nothing: a bound for the bill, which OpenAI's API leaves open.
+_MAX_TOKENS = 4096
+_MOST_STOPS, _MAX_STOP = 16, 256
 _FINISH = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -61,31 +74,35 @@ class SkillGeneration:
         return response
 
     def _ask(self, request: Any, tools: list[Tool], call: Call) -> Ask:
-        skill = self._router.skills.get(request.skill)
+        skill = self._router.skills.get(request.skill or _TASK)
         if skill.task != _TASK:
             message = f"the skill {skill.name!r} does {skill.task}; Generate takes skills of the task {_TASK}. Call Run."
             raise InvalidArgument(message, field="skill")
         _refuse_set(request, ("adapter", "return_token_ids", "logprobs", "top_logprobs"), "")
         _refuse_set(request.sampling, [f.name for f in request.sampling.DESCRIPTOR.fields if f.name not in _SAMPLING], "sampling.")
-        if request.model.name:
+        if request.model.name and request.skill:
             raise InvalidArgument("model and skill are both set; expected one: a skill finds its model.", field="model")
         call.user = check_user(request.user)
-        sampling = request.sampling
+        sampling, limits, model = request.sampling, limits_of(request), request.model.name
+        if model:
+            model, limits = provider_model(model, "model.name"), only_providers(limits)
         if sampling.max_tokens < 0:
             raise InvalidArgument(
                 f"sampling.max_tokens is {sampling.max_tokens}; expected 0 or more.", field="sampling.max_tokens", limit=0
             )
-        temperature = sampling.temperature if sampling.HasField("temperature") else None
+        temperature = sampling.temperature if sampling.HasField("temperature") else 1.0 if model else None
         if temperature is not None and not 0 <= temperature <= 2:
             raise InvalidArgument(f"sampling.temperature is {temperature:g}; expected 0 to 2.", field="sampling.temperature")
         return Ask(
-            request.skill,
+            skill.name,
             [self._work(request)],
-            limits=limits_of(request),
+            limits=limits,
             tools=tuple(tools),
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.max_tokens or (_MAX_TOKENS if model else 0),
             temperature=temperature,
             json_schema=_schema(request),
+            manner=_manner(request, tools),
+            model=model,
         )
 
     def _work(self, request: Any) -> Work:
@@ -109,17 +126,36 @@ def _schema(request: Any) -> str:
     if not request.HasField("response_format"):
         return ""
     kind = request.response_format.WhichOneof("format")
+    if kind == "json_object":
+        return ""
     if kind != "json_schema":
-        message = f"response_format.{kind or 'format'} is not what every provider can do; expected json_schema with a skill."
+        message = f"response_format.{kind or 'format'} is not what every provider can do; expected json_schema or json_object with a skill."
         raise InvalidArgument(message, field="response_format")
     return str(request.response_format.json_schema)
+
+
+def _manner(request: Any, tools: list[Tool]) -> Manner:
+    sampling = request.sampling
+    top_p = sampling.top_p if sampling.HasField("top_p") else None
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InvalidArgument(f"sampling.top_p is {top_p:g}; expected more than 0 and at most 1.", field="sampling.top_p")
+    if len(sampling.stop) > _MOST_STOPS or not all(0 < len(text) <= _MAX_STOP for text in sampling.stop):
+        message = f"sampling.stop holds what cannot be; expected at most {_MOST_STOPS} texts of 1 to {_MAX_STOP} characters."
+        raise InvalidArgument(message, field="sampling.stop", limit=_MOST_STOPS)
+    return Manner(
+        top_p=top_p,
+        stop=tuple(sampling.stop),
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        json_object=request.response_format.json_object,
+        tool_choice=tool_choice_of(request.tool_choice, tools),
+    )
 
 
 def _refuse_set(message: ProtoMessage, fields: Any, prefix: str) -> None:
     for descriptor, _ in message.ListFields():
         if descriptor.name in fields:
             name = prefix + descriptor.name
-            text = f"{name} is set together with skill; expected it unset: not every candidate of a route can do it. Name a model instead."
+            text = f"{name} is set for a route, not all of whose candidates can do it; expected it unset, or a model of this server."
             raise InvalidArgument(text, field=name)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.api import convert
 from server.api.status import to_status
-from server.core import Detected, Hop, Limits, Message, Outcome, Preference, ToolCall, Work
+from server.core import Detected, Hop, Limits, Message, Outcome, Preference, Tool, ToolCall, Work
 from server.errors import InvalidArgument, RequestTooLarge, UnderstudyError
 from server.routing.briefing import Ask
 from server.routing.router import Planned
@@ -18,6 +19,7 @@ from understudy.v1 import inference_service_pb2 as pb
 
 MAX_TEXT_BYTES = 256 * 1024
 MAX_USER_BYTES = 256
+MAX_MODEL_BYTES = 256
 MAX_MESSAGES = 4096
 MAX_PARAMETERS = 32
 MAX_LATENCY_S = 3600.0
@@ -73,7 +75,36 @@ def ask_of(request: Any, works: Sequence[Work]) -> Ask:
     if len(request.parameters) > MAX_PARAMETERS or any(len(k) + len(v) > 1024 for k, v in request.parameters.items()):
         message = f"parameters holds too much; expected at most {MAX_PARAMETERS} of 1024 characters each."
         raise InvalidArgument(message, field="parameters", limit=MAX_PARAMETERS)
-    return Ask(request.skill, works, request.instruction, tuple(request.labels), dict(request.parameters), limits_of(request))
+    limits = limits_of(request)
+    ask = Ask(request.skill, works, request.instruction, tuple(request.labels), dict(request.parameters), limits)
+    return replace(ask, model=provider_model(request.model, "model"), limits=only_providers(limits)) if request.model else ask
+
+
+def provider_model(name: str, field: str) -> str:
+    """A provider's model, as it is named. Raises InvalidArgument naming the field."""
+    provider, _, model = name.partition("/")
+    if not provider or not model or len(name.encode()) > MAX_MODEL_BYTES:
+        raise InvalidArgument(f'{field} is {name[:128]!r}; expected "<provider>/<model>".', field=field)
+    return name
+
+
+def only_providers(limits: Limits) -> Limits:
+    """The same limits, where a provider's model was named. Raises InvalidArgument where they contradict that."""
+    if limits.preference not in (None, Preference.PROVIDER_ONLY):
+        message = f"preference is {limits.preference} and a provider's model is named, which alone is asked. Leave one out."
+        raise InvalidArgument(message, field="preference")
+    return replace(limits, preference=Preference.PROVIDER_ONLY)
+
+
+def tool_choice_of(choice: str, tools: Sequence[Tool]) -> str:
+    """Which tools must be called: "" (the model decides), "none", "required", or a tool's name. Raises InvalidArgument."""
+    if choice in ("", "auto"):
+        return ""
+    if choice == "none" or (choice == "required" and tools) or any(tool.name == choice for tool in tools):
+        return choice
+    known = ", ".join(repr(tool.name) for tool in tools[:10]) or "none"
+    message = f"tool_choice is {choice[:64]!r}; expected auto, none, required, or a tool of the request, which has {known}."
+    raise InvalidArgument(message, field="tool_choice")
 
 
 def work_of(item: inference_pb2.RunInput, index: int) -> Work | UnderstudyError:

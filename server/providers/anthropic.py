@@ -70,6 +70,9 @@ class AnthropicWire:
             body["tools"] = [
                 {"name": t.name, "description": t.description, "input_schema": t.parameters or {"type": "object"}} for t in prompt.tools
             ]
+            if prompt.tool_choice:
+                known = {"none": {"type": "none"}, "required": {"type": "any"}}
+                body["tool_choice"] = known.get(prompt.tool_choice, {"type": "tool", "name": prompt.tool_choice})
         if schema is not None and not free:
             # Models that think refuse to be made to call a tool; they hold answers to schemas instead.
             body["output_config"] = {"format": {"type": "json_schema", "schema": self._transformed(schema)}}

@@ -15,7 +15,8 @@ class Prompt:
 
     `temperature` and `top_p`: None leaves the vendor's default; some models (those that reason) take nothing else and are never sent one.
     `seed` and `logprobs` are asked for where the vendor has them and left out where not. `format`: json_schema or json_object; others are
-    refused with InvalidArgument, because no vendor's API has them.
+    refused with InvalidArgument, because no vendor's API has them. `tool_choice`: "" (the model decides), "none", "required",
+    or a tool's name.
     """
 
     messages: tuple[Message, ...]
@@ -25,6 +26,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     tools: tuple[Tool, ...] = ()
+    tool_choice: str = ""
     format: Format | None = None
     logprobs: bool = False
 

@@ -96,6 +96,10 @@ class OpenAIWire:
                 {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
                 for t in prompt.tools
             ]
+            if prompt.tool_choice in ("none", "required"):
+                body["tool_choice"] = prompt.tool_choice
+            elif prompt.tool_choice:
+                body["tool_choice"] = {"type": "function", "function": {"name": prompt.tool_choice}}
         if schema is not None and preset.schema == "json_schema":
             form = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": form}

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from server.core import Call, Detected, Limits, Tool, Work
 from server.errors import InvalidArgument, UnderstudyError, Unimplemented
-from server.routing.candidates import Brief
+from server.routing.candidates import Brief, Manner
 from server.routing.prompting import check_work
 from server.routing.skills import Skill, SkillBook, check_labels
 from server.settings import SKILL_TASKS
@@ -39,6 +39,8 @@ class Ask:
     max_tokens: int = 0  # 0: the skill's own
     temperature: float | None = None  # None: the skill's own
     json_schema: str = ""  # "": the skill's own
+    manner: Manner = field(default_factory=Manner)
+    model: str = ""  # "provider/model" that is to answer; "": the skill's own
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,7 +71,7 @@ async def brief_of(ask: Ask, skills: SkillBook, detector: Detector | None, call:
         labels = labels or found
         if not works:
             instruction, works = _split(ask.instruction, detected)
-    brief = Brief(_asked(skill, ask), labels, parameters, instruction, ask.tools)
+    brief = Brief(_asked(skill, ask), labels, parameters, instruction, ask.tools, ask.manner, ask.model)
     refused: dict[int, UnderstudyError] = {}
     for index, work in enumerate(works):
         try:

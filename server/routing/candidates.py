@@ -17,10 +17,25 @@ _NONE = np.zeros(0, np.float32)
 
 
 @dataclass(slots=True, frozen=True)
+class Manner:
+    """How a request wants its answer to be written, beyond what its skill says.
+
+    `tool_choice`: "" (the model decides), "none", "required", or the name of the tool that must be called. `json_object`: any JSON object.
+    """
+
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    json_object: bool = False
+    tool_choice: str = ""
+
+
+@dataclass(slots=True, frozen=True)
 class Brief:
     """What is to be done, for every input of a request alike: the skill, and what the request says beyond it.
 
     `labels`: the classes to choose from; `parameters`: e.g. {"target_language": "fr"}; `instruction`: the caller's words, or the skill's.
+    `model`: "provider/model" that is to answer instead of the skill's own, or "".
     """
 
     skill: Skill
@@ -28,6 +43,8 @@ class Brief:
     parameters: Mapping[str, str] = field(default_factory=dict)
     instruction: str = ""
     tools: tuple[Tool, ...] = ()
+    manner: Manner = field(default_factory=Manner)
+    model: str = ""
 
 
 @dataclass(slots=True, frozen=True)

@@ -296,13 +296,20 @@ class GeneratorCandidate(LocalModel):
         return self._judged(Answer(found, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals))
 
     def _request(self, model: GeneratorModel, messages: Sequence[Message], temperature: float | None) -> GenerateRequest:
-        skill = self._brief.skill
-        form = format_of(self._brief)
+        skill, manner = self._brief.skill, self._brief.manner
+        tools = self._brief.tools if model.chats and manner.tool_choice != "none" else ()
         asked = GenerateRequest(
-            sampling=Sampling(temperature=skill.temperature if temperature is None else temperature, logprobs=True),
+            sampling=Sampling(
+                temperature=skill.temperature if temperature is None else temperature,
+                top_p=1.0 if manner.top_p is None else manner.top_p,
+                seed=manner.seed,
+                logprobs=True,
+            ),
             max_tokens=max_tokens_of(self._brief),
-            format=None if self._brief.tools else form,
-            tools=self._brief.tools if model.chats else (),
+            stop=manner.stop,
+            format=None if tools else format_of(self._brief),
+            tools=tools,
+            tool_choice=manner.tool_choice if tools else "",
             adapter=self._adapter,
             return_token_ids=True,
         )

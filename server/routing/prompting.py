@@ -103,6 +103,8 @@ def format_of(brief: Brief) -> Format | None:
     """The form that the answer must have, where vendors and local models can be held to one."""
     if brief.skill.json_schema:
         return Format("json_schema", brief.skill.json_schema)
+    if brief.manner.json_object:
+        return Format("json_object")
     return Format("json_object") if brief.skill.task in ("token-classification", "text-ranking", "sentence-similarity") else None
 
 

@@ -159,7 +159,11 @@ class ProviderCandidate:
             messages_of(brief, work),
             max_tokens_of(brief),
             temperature=brief.skill.temperature,
+            top_p=brief.manner.top_p,
+            stop=brief.manner.stop,
+            seed=brief.manner.seed,
             tools=brief.tools,
+            tool_choice=brief.manner.tool_choice,
             format=format_of(brief),
             logprobs=False,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.core import Call, Limits, Preference, Task, Work
-from server.errors import FailedPrecondition, InvalidArgument, ModelNotLoaded, UnderstudyError
+from server.errors import FailedPrecondition, InvalidArgument, ModelNotFound, ModelNotLoaded, UnderstudyError, near_names
 from server.providers.base import Provider
 from server.routing.budget import Budget
 from server.routing.budget_windows import Scopes
@@ -211,7 +211,11 @@ class Routes:
 
     def _remotes(self, brief: Brief) -> list[Candidate]:
         found: list[Candidate] = []
-        for model in brief.skill.teachers:
+        if brief.model and brief.model.partition("/")[0] not in self._parts.providers:
+            name = brief.model.partition("/")[0]
+            near = near_names(name, sorted(self._parts.providers))
+            raise ModelNotFound(f"{brief.model[:128]!r} names the provider {name[:64]!r}, which is not configured; {near}", field="model")
+        for model in (brief.model,) if brief.model else brief.skill.teachers:
             provider = self._parts.providers.get(model.partition("/")[0])
             if provider is not None:
                 found.append(ProviderCandidate(model, provider, brief, self._parts.budget))

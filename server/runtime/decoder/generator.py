@@ -13,7 +13,7 @@ from server.errors import AdapterNotFound, InputTooLong, InvalidArgument, Unders
 from server.runtime.decoder.contract import AdapterUse, DecoderEngine, Job, Matcher, Piece, Stream, TextStream, Times, Token
 from server.runtime.decoder.prompt import PromptReader
 from server.runtime.decoder.request import Answer, Confidence, Delta, GenerateRequest, GenerationTimings, Summary
-from server.runtime.decoder.tools import ToolReader
+from server.runtime.decoder.tools import ToolReader, forced_call
 from server.runtime.manifest import Decoder, Manifest
 from server.runtime.tokenizers import TextTokenizer
 
@@ -145,13 +145,16 @@ class GeneratorModel:
             )
 
     async def _grammar(self, request: GenerateRequest) -> Callable[[], Matcher] | None:
-        if request.format is None:
+        form = request.format
+        if request.tool_choice:
+            form = forced_call(request.tools, request.tool_choice)
+        if form is None:
             return None
-        if request.tools:
+        if request.tools and request.format is not None:
             raise InvalidArgument("response_format and tools are both set; expected one of them.", field="response_format")
         if self._parts.grammars is None:
             raise InvalidArgument(f"model {self.manifest.name!r} cannot follow a response_format. Leave it out.", field="response_format")
-        return await self._parts.grammars.compile(request.format)
+        return await self._parts.grammars.compile(form)
 
     async def _adapter(self, request: GenerateRequest) -> AdapterUse | None:
         if not request.adapter:

@@ -17,6 +17,7 @@ class GenerateRequest:
     messages: Sequence[Message] | None = None
     token_ids: Sequence[int] | None = None
     tools: Sequence[Tool] = ()
+    tool_choice: str = ""  # "required", or the name of the tool that must be called; "": the model decides
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 0
     n: int = 1

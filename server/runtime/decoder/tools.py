@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from server.core import Message, Tool, ToolCall
+from server.core import Format, Message, Tool, ToolCall
 from server.errors import InvalidArgument
 
 _MARK = "<tool_call>"
@@ -61,6 +61,33 @@ def template_tools(tools: Iterable[Tool]) -> list[dict[str, Any]]:
         {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters}}
         for tool in tools
     ]
+
+
+def forced_call(tools: Sequence[Tool], choice: str) -> Format:
+    """The form of an answer that is one call: of any tool, or of the one that `choice` names, with arguments that its schema describes.
+
+    Raises InvalidArgument where there is no such tool.
+    """
+    allowed = [tool for tool in tools if choice in ("required", tool.name)]
+    if not allowed:
+        known = ", ".join(repr(tool.name) for tool in tools[:10]) or "none"
+        raise InvalidArgument(f"tool_choice is {choice[:64]!r}, which is no tool of the request; it has {known}.", field="tool_choice")
+    schemas, calls = {}, []
+    for index, tool in enumerate(allowed):
+        # A schema's own references begin at its root, which has moved.
+        schemas[f"tool{index}"] = _moved(tool.parameters or {"type": "object"}, f"#/$defs/tool{index}")
+        properties = {"name": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/tool{index}"}}
+        calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
+    return Format("json_schema", json.dumps({"$defs": schemas, "anyOf": calls}))
+
+
+def _moved(schema: Any, root: str) -> Any:
+    if isinstance(schema, dict):
+        return {
+            key: root + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#") else _moved(value, root)
+            for key, value in schema.items()
+        }
+    return [_moved(item, root) for item in schema] if isinstance(schema, list) else schema
 
 
 class ToolReader:
