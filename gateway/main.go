@@ -5,20 +5,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"log/slog"
-	"net/http"
 	"os"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-
-	"understudy.dev/gateway/internal/apidocs"
 	"understudy.dev/gateway/internal/config"
-	"understudy.dev/gateway/internal/forward"
-	"understudy.dev/gateway/internal/openai"
-	"understudy.dev/gateway/internal/paths"
-	"understudy.dev/gateway/internal/rest"
-	"understudy.dev/gateway/internal/web"
 )
 
 func main() {
@@ -33,22 +22,4 @@ func main() {
 		fmt.Fprintln(os.Stderr, "understudy-gateway:", err)
 		os.Exit(1)
 	}
-}
-
-func run(c config.Config) error {
-	conn, err := grpc.NewClient(c.Server, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return err
-	}
-	api, err := rest.New(conn, rest.Options{HeaderDelay: c.StreamHeaderDelay})
-	if err != nil {
-		return err
-	}
-	mux := http.NewServeMux()
-	mux.Handle("/v1/", api)
-	openai.Register(mux, conn, openai.Deps{Context: forward.Context, REST: api, Log: slog.Default()})
-	paths.Register(mux, conn)
-	apidocs.Register(mux)
-	web.Register(mux)
-	return http.ListenAndServe(c.Listen, mux)
 }

@@ -61,13 +61,13 @@ type Config struct {
 	StreamHeaderDelay time.Duration
 	// Grace is how long running requests may go on after SIGTERM.
 	Grace time.Duration
+	// DrainDelay is how long new requests are still taken after SIGTERM, while /readyz tells load balancers to stop sending them.
+	DrainDelay time.Duration
 
 	// CORSOrigins are the origins that browsers may call from; "*" is any. Empty: CORS is off.
 	CORSOrigins []string
 	// AccessLog writes one JSON line a request.
 	AccessLog bool
-	// ReadyFile is written with the address once the gateway listens; for supervisors and tests.
-	ReadyFile string
 }
 
 const prefix = "UNDERSTUDY_GATEWAY_"
@@ -124,7 +124,7 @@ func Parse(args []string, getenv func(string) (string, bool), usage io.Writer) (
 	set.DurationVar(&c.Grace, "grace", c.Grace, "time for running requests after SIGTERM")
 	set.StringVar(&origins, "cors-origins", "", "origins that browsers may call from, by commas; * is any; empty: CORS is off")
 	set.BoolVar(&c.AccessLog, "access-log", c.AccessLog, "write one JSON line a request")
-	set.StringVar(&c.ReadyFile, "ready-file", c.ReadyFile, "file to write the address to once the gateway listens")
+	set.DurationVar(&c.DrainDelay, "drain-delay", c.DrainDelay, "time after SIGTERM for which new requests are still taken, while /readyz says 503")
 	if err := fromEnvironment(set, getenv); err != nil {
 		return Config{}, err
 	}

@@ -14,9 +14,6 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// DefaultTimeout is the deadline of calls whose client gives none; 0: none. Set once, before requests are served.
-var DefaultTimeout time.Duration
-
 // Longer than any call should take; larger numbers would overflow a Duration.
 const maxTimeout = 24 * time.Hour
 
@@ -85,7 +82,7 @@ func timeoutOf(header http.Header) (time.Duration, error) {
 		}
 		return min(time.Duration(min(ms, maxTimeout.Milliseconds()))*time.Millisecond, maxTimeout), nil
 	}
-	return DefaultTimeout, nil
+	return 0, nil
 }
 
 var units = map[byte]time.Duration{

@@ -172,6 +172,9 @@ func (l *lines) copy(message proto.Message) error {
 
 // finish writes the headers of an empty stream, or the error: as an answer of its own, or as the last line.
 func (l *lines) finish(err error) {
+	if cause := context.Cause(l.r.Context()); err != nil && cause != nil {
+		err = cause // says more than "cancelled": the gateway stops, for example
+	}
 	l.mu.Lock()
 	begun := l.begun
 	if !begun && err != nil {
