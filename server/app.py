@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
-from server.api import stats, tls, wire
+from server.api import auth, stats, tls, wire
+from server.api.admin import AdminServicer
+from server.api.auth_audit import AuditWriter
 from server.api.guard import Guard
 from server.api.health import HealthServicer
 from server.api.inference import InferenceServicer
@@ -159,10 +161,19 @@ class App:
         from grpc_health.v1 import health_pb2
         from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+        from server.registry.api_keys import ApiKeys
+        from server.registry.audit import AuditLog
+
         config, runtime = self.config, self.runtime
         selection = Selection(runtime, config.models.default)
         skills = await asyncio.to_thread(build_skills, config, runtime, selection, self._metrics)
         self._closers.append(skills.close)
+        keys, audit = skills.keys, AuditLog(skills.registry)
+        self._guard.gate = gate = auth.Gate(keys, AuditWriter(audit, keep_days=config.auth.audit_keep_days))
+        self._closers.insert(0, gate.close)
+        if keys is not None:
+            await asyncio.to_thread(keys.start)
+        auth.check_listening(config, keys)
         await skills.start()
         inference = InferenceServicer(runtime, selection, config.server.max_items, skills.run, skills.generation)
         open_inference = OpenInferenceServicer(
@@ -189,6 +200,7 @@ class App:
                     interactions=skills.interactions,
                 ),
             ),
+            (_service("admin_service", "AdminService"), AdminServicer(ApiKeys(skills.registry), audit, keys)),
             (OPEN_INFERENCE, open_inference),
         ]
         names = [descriptor.full_name for descriptor, _ in servicers]

@@ -25,6 +25,7 @@ from server.errors import InvalidArgument, near_names
 from server.settings import (
     MIB,
     SKILL_TASKS,
+    AuthConfig,
     BudgetConfig,
     CurationConfig,
     LakeConfig,
@@ -159,6 +160,7 @@ class Config(Section):
     """Everything, frozen. Names of skills and providers are those that callers use."""
 
     server: ServerConfig = ServerConfig()
+    auth: AuthConfig = AuthConfig()
     log: LogConfig = LogConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     models: ModelsConfig = ModelsConfig()

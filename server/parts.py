@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.api.auth import keys_asked
+from server.api.auth_keys import KeyBook
 from server.api.ensembles import EnsembleServicer
 from server.api.feedback import FeedbackServicer
 from server.api.generate_skill import SkillGeneration
@@ -52,6 +54,7 @@ class SkillParts:
     lake: Lake
     registry: Registry
     providers: Mapping[str, Provider]
+    keys: KeyBook | None  # None where no keys are asked for
     budget: Budget
     difficulty: DifficultyBook
     rollouts: RolloutBook
@@ -84,6 +87,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     from server.lake.lake import Lake
     from server.lake.reading import LakeReader
     from server.providers.make import make_providers
+    from server.registry.api_keys import ApiKeys
     from server.registry.registry import Registry
     from server.routing.detection import Detection
     from server.routing.difficulty_book import DifficultyBook
@@ -98,6 +102,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     store, book, rollouts = make_students(config, runtime, registry, metrics)
     providers = make_providers(config.providers)
     lake = Lake.of(config, registry, observer=metrics)
+    keys = KeyBook(ApiKeys(registry), poll_s=config.auth.poll_s) if keys_asked(config) else None
     budget = Budget(config.budget, registry, observer=metrics)
     difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
 
@@ -134,6 +139,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
         lake,
         registry,
         providers,
+        keys,
         budget,
         difficulty,
         rollouts,

@@ -278,6 +278,14 @@ class RegistryConfig(Section):
         return read_secret(self.password_env, self.password_file, "password", environ)
 
 
+class AuthConfig(Section):
+    """API keys, made by `understudy keys create`. `keys` auto: asked for unless only this machine reaches the server (server.host)."""
+
+    keys: Literal["auto", "required", "off"] = "auto"
+    poll_s: float = Field(default=1.0, gt=0, le=60)  # how soon keys that were made or revoked elsewhere are seen
+    audit_keep_days: int = Field(default=400, ge=0)  # 0: for ever
+
+
 class BudgetLimits(Section):
     """The most that may be paid in a calendar day and month, in US dollars; unset: no limit; 0: nothing may be paid."""
 

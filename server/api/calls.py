@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from server.core import Call, Priority, Results, Timings
+from server.core import Call, Caller, Priority, Results, Timings
 
+if TYPE_CHECKING:
+    from server.api.auth_keys import HeldKey
+    from server.api.auth_roles import Rule
+
+ANONYMOUS = Caller()
 _PRIORITIES = {1: Priority.CRITICAL, 2: Priority.INTERACTIVE, 3: Priority.BULK}
 
 
 @dataclass(slots=True)
 class Scope:
-    """One RPC: its `call`, and what servicers note for the access log and the trace. Texts are never noted."""
+    """One RPC: its `call`, and what servicers note for the access log and the trace. Texts are never noted.
+
+    `key` is the caller's, None where none is asked for; `rule` its method's; `resource` and `peer` are for the audit log.
+    """
 
     method: str
     call: Call
@@ -27,6 +35,11 @@ class Scope:
     expired: bool = False  # the alarm below rang
     alarm: asyncio.TimerHandle | None = None
     span: Any = None
+    caller: Caller = ANONYMOUS
+    key: HeldKey | None = None
+    rule: Rule | None = None
+    resource: str = ""
+    peer: str = ""
 
     def note(self, results: Results[Any]) -> None:
         """Keeps who answered, how many items, and what it took."""

@@ -16,10 +16,12 @@ from typing import Any
 import grpc
 
 from server.api import calls, status
+from server.api.auth import HEADER, Gate
+from server.api.auth_roles import Rule
 from server.api.calls import Scope
 from server.api.wire import Context, Stream, Unary
 from server.core import Call
-from server.errors import Cancelled, DeadlineExceeded, Draining, InternalError, Overloaded, UnderstudyError
+from server.errors import Cancelled, DeadlineExceeded, Draining, InternalError, Overloaded, PermissionDenied, UnderstudyError
 from server.logs import AccessLog, get
 from server.metrics import Metrics
 from server.tracing import Tracer
@@ -33,12 +35,16 @@ _BUSY_RETRY_S = 0.2
 
 
 class Guard:
-    """One for the calls of users; `operator=True` makes one for health and reflection, which are neither limited nor logged."""
+    """One for the calls of users; `operator=True` makes one for health and reflection: neither limited nor logged, and without keys.
+
+    `gate` says who may call what; set it before methods are registered. Without one everybody may.
+    """
 
     def __init__(
         self, metrics: Metrics, access: AccessLog, *, max_calls: int = 0, tracer: Tracer | None = None, operator: bool = False
     ) -> None:
         self.active = 0
+        self.gate: Gate | None = None
         self.draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._metrics = metrics
@@ -52,11 +58,12 @@ class Guard:
 
     def unary(self, method: str, call: Unary) -> Unary:
         """Wraps a method with one response and one request."""
+        rule = self.gate.rule(method) if self.gate is not None else None
 
         async def guarded(data: bytes, context: Context) -> bytes:
-            scope = self._enter(method, context)
+            scope, authorization = self._enter(method, context, rule)
             try:
-                self._admit(scope)
+                self._admit(scope, authorization)
                 response = await call(data, context)
             except BaseException as error:
                 await self._fail(scope, context, error)
@@ -68,12 +75,16 @@ class Guard:
 
     def stream(self, method: str, call: Stream) -> Stream:
         """Wraps a method with many responses. While the server drains, a stream of requests ends, so that what came is answered."""
+        gate = self.gate
+        rule = gate.rule(method) if gate is not None else None
 
         async def guarded(data: Any, context: Context) -> AsyncIterator[bytes]:
-            scope = self._enter(method, context)
+            scope, authorization = self._enter(method, context, rule)
             try:
-                self._admit(scope)
+                self._admit(scope, authorization)
                 async for response in call(data if isinstance(data, bytes) else self._until_drain(data), context):
+                    if gate is not None and scope.key is not None:
+                        gate.still(scope.key)  # what goes on for hours ends with its key
                     yield response
             except GeneratorExit:
                 self._leave(scope, "CANCELLED", None)
@@ -84,6 +95,11 @@ class Guard:
             self._leave(scope, "OK", context)
 
         return guarded
+
+    def took(self, request: Any) -> None:
+        """See wire.Guard."""
+        if self.gate is not None:
+            self.gate.took(calls.current(), request)
 
     def drain(self) -> None:
         """New calls are refused from now on, and open streams are asked to end."""
@@ -96,27 +112,32 @@ class Guard:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
 
-    def _enter(self, method: str, context: Context) -> Scope:
-        request_id = traceparent = ""
+    def _enter(self, method: str, context: Context, rule: Rule | None) -> tuple[Scope, str]:
+        """The call's scope, and beside it what it says of its key: that is kept nowhere."""
+        request_id = traceparent = authorization = ""
         for key, value in context.invocation_metadata() or ():
             if key == REQUEST_ID and isinstance(value, str) and _GOOD_ID.fullmatch(value):
                 request_id = value
             elif key == "traceparent":
                 traceparent = str(value)
+            elif key == HEADER:  # of several none is better than another: together they are no key
+                authorization = f"{authorization},{value!s}" if authorization else str(value)
         if not request_id:
             self._count += 1
             request_id = f"{self._prefix}-{self._count:x}"
         now = time.monotonic()
         left = context.time_remaining()
         deadline = None if left is None else now + left - min(_MARGIN_S, left * _MARGIN_SHARE)
-        scope = Scope(method, Call(request_id, deadline), now)
+        scope = Scope(method, Call(request_id, deadline), now, rule=rule)
+        if rule is not None and rule.audited:
+            scope.peer = context.peer()
         calls.enter(scope)
         if self._tracer is not None and not self._operator:
             scope.span = self._tracer.start(method, traceparent)
         self.active += 1
-        return scope
+        return scope, authorization
 
-    def _admit(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope, authorization: str) -> None:
         """Refuses what is not to run, and sets the alarm of what is."""
         if self._operator:
             return
@@ -130,6 +151,8 @@ class Guard:
                 limit=self._max_calls,
                 field="max_concurrent_calls",
             )
+        if self.gate is not None:
+            self.gate.admit(scope, authorization)
         if scope.call.deadline is not None:
             task = asyncio.current_task()
             assert task is not None
@@ -157,6 +180,8 @@ class Guard:
             self._log.error("call failed", request_id=scope.call.request_id, method=scope.method, exc_info=error)
         elif isinstance(ours, Cancelled):
             scope.call.cancelled = True
+        elif isinstance(ours, PermissionDenied):
+            scope.peer = context.peer()
         full = status.to_status(ours, scope.call.request_id)
         self._leave(scope, ours.code, None, ours)
         await context.abort(
@@ -177,6 +202,8 @@ class Guard:
             context.set_trailing_metadata(((REQUEST_ID, scope.call.request_id),))
         if self._operator:
             return
+        if self.gate is not None:
+            self.gate.left(scope, code)
         seconds = time.monotonic() - scope.started
         self._metrics.call_done(scope.method, code, seconds)
         more: dict[str, str | int | float] = {}

@@ -54,6 +54,10 @@ class Guard(Protocol):
         """Wraps a method with many responses."""
         ...
 
+    def took(self, request: Any) -> None:
+        """Looks at each request before its servicer does: a message, or bytes where the method takes those. May raise."""
+        ...
+
 
 def raw(method: F) -> F:
     """Marks a servicer's method that takes the request's bytes as they came."""
@@ -74,7 +78,9 @@ def _handler(method: MethodDescriptor, servicer: object, guard: Guard) -> grpc.R
     request_class = GetMessageClass(method.input_type)
 
     def read(data: bytes) -> Any:
-        return data if takes_bytes else parse(request_class, data)
+        request = data if takes_bytes else parse(request_class, data)
+        guard.took(request)
+        return request
 
     async def unary(data: bytes, context: Context) -> bytes:
         return _write(await function(read(data), context))

@@ -111,27 +111,27 @@ def read_name(name: str) -> str:
 
 
 def check(settings: KeySettings, now_ms: int) -> None:
-    """Raises InvalidArgument, which names the field as ApiKey has it."""
+    """Raises InvalidArgument, which names the field as CreateApiKeyRequest has it."""
     size = len(settings.display_name.encode("utf-8", "replace"))
     if size > MAX_NAME_BYTES or not settings.display_name.isprintable():
         message = f"display_name has {size} bytes; expected at most {MAX_NAME_BYTES}, without control characters."
-        raise InvalidArgument(message, field="display_name", limit=MAX_NAME_BYTES)
+        raise InvalidArgument(message, field="api_key.display_name", limit=MAX_NAME_BYTES)
     if len(settings.skills) > MAX_SKILLS:
-        raise InvalidArgument(f"{len(settings.skills)} skills; expected at most {MAX_SKILLS}.", field="skills", limit=MAX_SKILLS)
+        raise InvalidArgument(f"{len(settings.skills)} skills; expected at most {MAX_SKILLS}.", field="api_key.skills", limit=MAX_SKILLS)
     for index, skill in enumerate(settings.skills):
         if not _SKILL.fullmatch(skill):
-            raise InvalidArgument(f"skills[{index}] is {skill[:80]!r}; expected skills/<skill>.", field=f"skills[{index}]")
+            raise InvalidArgument(f"skills[{index}] is {skill[:80]!r}; expected skills/<skill>.", field=f"api_key.skills[{index}]")
     if settings.skills and settings.role > Role.USER:
         message = f"skills are given for a key of the role {settings.role.name}, which reads and changes all of them; leave skills out."
-        raise InvalidArgument(f"{message} Or make it a key of the role USER.", field="skills")
+        raise InvalidArgument(f"{message} Or make it a key of the role USER.", field="api_key.skills")
     if settings.expire_ms is not None and settings.expire_ms <= now_ms:
-        raise InvalidArgument("expire_time is past; expected a time to come, or none.", field="expire_time")
+        raise InvalidArgument("expire_time is past; expected a time to come, or none.", field="api_key.expire_time")
     if not 0 <= settings.requests_per_minute <= MAX_PER_MINUTE:
         message = f"requests_per_minute is {settings.requests_per_minute}; expected 0 (no limit) to {MAX_PER_MINUTE}."
-        raise InvalidArgument(message, field="requests_per_minute", limit=MAX_PER_MINUTE)
-    for name, value in (("day", settings.budget_day), ("month", settings.budget_month)):
+        raise InvalidArgument(message, field="api_key.requests_per_minute", limit=MAX_PER_MINUTE)
+    for field_name, value in (("budget_day_micro_usd", settings.budget_day), ("budget_month_micro_usd", settings.budget_month)):
         if value is not None and not 0 <= value <= MAX_BUDGET:
-            raise InvalidArgument(f"budget_{name}_micro_usd is {value}; expected 0 to {MAX_BUDGET}.", field=f"budget_{name}_micro_usd")
+            raise InvalidArgument(f"{field_name} is {value}; expected 0 to {MAX_BUDGET}.", field=f"api_key.{field_name}")
 
 
 class ApiKeys:
@@ -164,7 +164,7 @@ class ApiKeys:
         with self._begin() as connection:
             return _get(connection, key)
 
-    def list(self, limit: int, before: tuple[int, str] | None = None) -> list[ApiKey]:
+    def page(self, limit: int, before: tuple[int, str] | None = None) -> list[ApiKey]:
         """The newest first, revoked and expired ones too; `before`: (create_ms, id) of the last one that was seen."""
         from sqlalchemy import and_, or_, select
 

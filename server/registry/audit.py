@@ -5,6 +5,7 @@ time taken away.
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from server.registry.registry import reaching
 if TYPE_CHECKING:
     from server.registry.registry import Registry
 
+_KEY = re.compile(r"(und_[a-z2-7]{8})_[A-Za-z0-9_-]+")
 _HOLDER = secrets.token_hex(6)
 _NUMBERS = itertools.count()
 
@@ -35,10 +37,10 @@ class AuditEvent:
 
 
 def event_of(actor: str, method: str, resource: str, code: str, *, request_id: str = "", peer: str = "") -> AuditEvent:
-    """An event of now, its texts cut to what the table takes."""
+    """An event of now, its texts cut to what the table takes. A key that somebody gave for a name loses its secret."""
     when = time.time_ns() // 1_000_000
     key = f"{when:012x}{next(_NUMBERS) & 0xFFFFFFFF:08x}{_HOLDER}"
-    clean = resource.encode("utf-8", "replace").decode()[:256].replace("\x00", "")
+    clean = _KEY.sub(r"\1", resource.encode("utf-8", "replace").decode().replace("\x00", ""))[:256]
     return AuditEvent(key, when, actor[:64], method[:160], clean, code[:32], request_id[:128], peer[:128])
 
 
@@ -59,7 +61,7 @@ class AuditLog:
         with reaching(), self._registry.engine().begin() as connection:
             connection.execute(inserting(connection, AUDIT_EVENTS).on_conflict_do_nothing(), [asdict(event) for event in events])
 
-    def list(self, limit: int, *, before: str = "", actor: str = "", since_ms: int | None = None) -> list[AuditEvent]:
+    def page(self, limit: int, *, before: str = "", actor: str = "", since_ms: int | None = None) -> list[AuditEvent]:
         """The newest first; `before`: id of the last one that was seen."""
         from sqlalchemy import select
 

@@ -89,6 +89,9 @@ class _Codes:
 
         return guarded
 
+    def took(self, request: Any) -> None:
+        pass
+
 
 class _Servicer:
     async def Embed(self, request: pb.EmbedRequest, context: wire.Context) -> pb.EmbedResponse:

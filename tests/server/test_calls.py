@@ -241,7 +241,7 @@ def test_without_configured_skills_each_task_has_one_and_unknown_ids_get_no_feed
 def test_reflection_lists_every_service(channel: grpc.Channel) -> None:
     found = set(ProtoReflectionDescriptorDatabase(channel).get_services())
     assert found == {
-        *(f"understudy.v1.{name}Service" for name in ("Inference", "Model", "Skill", "Feedback", "Stats", "Ensemble", "Training")),
+        *(f"understudy.v1.{name}Service" for name in ("Admin", "Inference", "Model", "Skill", "Feedback", "Stats", "Ensemble", "Training")),
         "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
