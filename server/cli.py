@@ -15,6 +15,7 @@ from server.errors import UnderstudyError
 _LAZY = {
     "models": ("server.commands.models", "app", "The model repository: pull, add, export, list, verify, remove, bench."),
     "adapters": ("server.commands.adapters", "app", "Adapters of the models: add, list, verify, remove."),
+    "keys": ("server.commands.keys", "app", "API keys: create, list, revoke; and the audit log."),
     "lake": ("server.commands.lake", "app", "The lake of interactions: stats, compact, export, erase, verify."),
     "rollout": ("server.commands.rollout", "app", "Where a skill's rollout is, and moving it by hand."),
     "train": ("server.commands.train", "app", "Train a skill's student from what the lake holds."),

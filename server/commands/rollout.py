@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.commands.shared import JsonOption, new_table, show
+from server.commands.shared import JsonOption, new_table, open_channel, show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Skill = Annotated[str, typer.Argument(help="Name of the skill.")]
@@ -119,7 +119,7 @@ def _ask(server: str, ask: Callable[[Any, Any], Any]) -> Any:
     from understudy.v1 import skill_service_pb2
     from understudy.v1.skill_service_pb2_grpc import SkillServiceStub
 
-    with grpc.insecure_channel(server) as channel:
+    with open_channel(server) as channel:
         try:
             return ask(SkillServiceStub(channel), skill_service_pb2)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:

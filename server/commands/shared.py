@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import grpc
+
     from server.runtime.repository import Repository
 
 ModelsOption = Annotated[Path | None, typer.Option("--models", help="The repository; else models.path of the configuration.")]
@@ -20,6 +24,26 @@ def open_repository(models: Path | None) -> Repository:
     from server.runtime.repository import Repository
 
     return Repository(models if models is not None else Path(load_config().models.path))
+
+
+@contextmanager
+def open_channel(address: str) -> Iterator[grpc.Channel]:
+    """A channel to a running server, whose calls carry the key of UNDERSTUDY_API_KEY where there is one."""
+    import grpc
+
+    from understudy.connection import call_metadata
+
+    metadata = call_metadata(None, ())
+
+    class WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+        def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+            return continuation(details._replace(metadata=[*(details.metadata or ()), *metadata]), request)
+
+        def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+            return self.intercept_unary_unary(continuation, details, request)
+
+    with grpc.insecure_channel(address) as channel:
+        yield grpc.intercept_channel(channel, WithKey()) if metadata else channel
 
 
 def new_table(*columns: str) -> Any:

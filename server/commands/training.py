@@ -16,6 +16,7 @@ import typer
 
 from server.api.training_desk import TrainingDesk
 from server.api.training_messages import JOBS
+from server.commands.shared import open_channel
 from server.errors import InvalidArgument, UnderstudyError
 from understudy.v1 import training_pb2
 from understudy.v1 import training_service_pb2 as pb
@@ -71,7 +72,7 @@ def training(server: str, config: str | None, settings: list[str] | None) -> Ite
 
     from understudy.v1.training_service_pb2_grpc import TrainingServiceStub
 
-    with grpc.insecure_channel(server) as channel:
+    with open_channel(server) as channel:
         try:
             yield TrainingServiceStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:

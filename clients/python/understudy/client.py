@@ -62,7 +62,7 @@ class Client:
     """One connection to one server. Safe to use from several threads; `close` it, or use it in a `with` block.
 
     Every call raises the classes of `understudy.errors`, DeadlineExceeded after `timeout_s` seconds, all attempts together. `tls` turns
-    encryption on; `api_key` is sent as a bearer token; `metadata` goes with every call.
+    encryption on; `api_key`, or UNDERSTUDY_API_KEY of the environment, is sent as a bearer token; `metadata` goes with every call.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Client:
         address: str = "127.0.0.1:50051",
         *,
         tls: Tls | None = None,
-        api_key: str = "",
+        api_key: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         timeout_s: float = 60.0,
         retry: RetryPolicy | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import grpc
 
+API_KEY_VARIABLE = "UNDERSTUDY_API_KEY"
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),  # answers are as large as the caller asked for
     ("grpc.max_send_message_length", -1),  # the server has the limit, and says it
@@ -45,8 +47,14 @@ def channel_options(tls: Tls | None) -> list[tuple[str, Any]]:
     return [*_OPTIONS, *named]
 
 
-def call_metadata(api_key: str, metadata: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call: the caller's own, and the key as a bearer token."""
+def call_metadata(api_key: str | None, metadata: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Metadata of every call: the caller's own, and the key as a bearer token.
+
+    `api_key` None: the environment's UNDERSTUDY_API_KEY, unless the metadata has an authorization already; "": none.
+    """
+    if api_key is None:
+        given = any(name == "authorization" for name, _ in metadata)
+        api_key = "" if given else os.environ.get(API_KEY_VARIABLE, "")
     return (*metadata, *([("authorization", f"Bearer {api_key}")] if api_key else []))
 
 
