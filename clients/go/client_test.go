@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"strings"
@@ -294,11 +295,12 @@ func TestWhatIsSentAgain(t *testing.T) {
 		{"later", 1, codes.Unavailable},
 	} {
 		t.Run(test.what, func(t *testing.T) {
-			_, err := client.Embed(t.Context(), test.what+":go-"+test.what)
+			name := fmt.Sprint("go-", test.what, os.Getpid())
+			_, err := client.Embed(t.Context(), test.what+":"+name)
 			if status.Code(err) != test.code {
 				t.Fatalf("%v", err)
 			}
-			if got := calls("go-" + test.what); got != test.calls {
+			if got := calls(name); got != test.calls {
 				t.Fatalf("sent %v times", got)
 			}
 			if err != nil && failure(t, err).Metadata["model"] != "scripted" {
