@@ -77,7 +77,8 @@ def ask_of(request: Any, works: Sequence[Work]) -> Ask:
         raise InvalidArgument(message, field="parameters", limit=MAX_PARAMETERS)
     limits = limits_of(request)
     ask = Ask(request.skill, works, request.instruction, tuple(request.labels), dict(request.parameters), limits)
-    return replace(ask, model=provider_model(request.model, "model"), limits=only_providers(limits)) if request.model else ask
+    model = getattr(request, "model", "")  # an ensemble's members name theirs
+    return replace(ask, model=provider_model(model, "model"), limits=only_providers(limits)) if model else ask
 
 
 def provider_model(name: str, field: str) -> str:
