@@ -103,7 +103,7 @@ def build_skills(config: Config, runtime: Runtime, selection: Selection, metrics
     providers = make_providers(config.providers)
     lake = Lake.of(config, registry, observer=metrics)
     keys = KeyBook(ApiKeys(registry), poll_s=config.auth.poll_s) if keys_asked(config) else None
-    budget = Budget(config.budget, registry, observer=metrics)
+    budget = Budget(config.budget, registry, observer=metrics, key_limits=keys.limits_of if keys is not None else None)
     difficulty = DifficultyBook(models / ADAPTERS, runtime, poll_s=config.models.adapter_poll_s)
 
     def embedder() -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
-from server.api import calls
 from server.api.auth_audit import AuditWriter
 from server.api.auth_keys import HeldKey, KeyBook, TokenBucket
 from server.api.auth_roles import Rule, refuse_skill, resource_of, rule_of
@@ -70,6 +70,8 @@ class Gate:
         if caller.role < rule.role:
             message = f"the key's role is {caller.role.name}; {rule.method} takes {rule.role.name} or more. Ask an admin for another key."
             raise PermissionDenied(message, role=caller.role.name, required_role=rule.role.name)
+        if rule.each:
+            scope.admit_one = partial(self._admit_one, held, rule)
 
     def took(self, scope: Scope, request: Any) -> None:
         """Looks at a request that was parsed: what it is about, and whether the key may ask that skill. Raises PermissionDenied."""
@@ -118,6 +120,11 @@ class Gate:
         if self.book is not None:
             await asyncio.to_thread(self.book.close)
 
+    def _admit_one(self, held: HeldKey, rule: Rule, request: Any) -> None:
+        self.again(held)
+        if held.caller.skills and rule.skill_of is not None:
+            _check_skill(held.caller, rule.skill_of(request))
+
     def _held(self, book: KeyBook, authorization: str) -> HeldKey:
         if not authorization:
             raise _refused("missing", f"no API key came with the call. {_HELP}")
@@ -150,16 +157,6 @@ class Gate:
         if held.refusals is None:
             held.refusals = TokenBucket(_FAILURES_PER_MINUTE, self._ticks())
         return not held.refusals.take(self._ticks())
-
-
-def admit_message(gate: Gate | None, request: Any) -> None:
-    """For a servicer that answers the messages of a stream one by one: admits one. Raises as `admit` does."""
-    scope = calls.current()
-    if gate is None or scope.key is None or scope.rule is None:
-        return
-    gate.again(scope.key)
-    if scope.caller.skills and scope.rule.skill_of is not None:
-        _check_skill(scope.caller, scope.rule.skill_of(request))
 
 
 def keys_asked(config: Config) -> bool:

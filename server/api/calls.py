@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ _PRIORITIES = {1: Priority.CRITICAL, 2: Priority.INTERACTIVE, 3: Priority.BULK}
 class Scope:
     """One RPC: its `call`, and what servicers note for the access log and the trace. Texts are never noted.
 
-    `key` is the caller's, None where none is asked for; `rule` its method's; `resource` and `peer` are for the audit log.
+    `key` is the caller's, None where none is asked for; `rule` its method's; `resource` and `peer` are for the audit log; `admit_one` is
+    for methods whose messages are admitted one by one.
     """
 
     method: str
@@ -40,6 +42,7 @@ class Scope:
     rule: Rule | None = None
     resource: str = ""
     peer: str = ""
+    admit_one: Callable[[Any], None] | None = None
 
     def note(self, results: Results[Any]) -> None:
         """Keeps who answered, how many items, and what it took."""
@@ -69,3 +72,10 @@ def current_call(priority: int = 0) -> Call:
     if priority:
         call.priority = _PRIORITIES.get(priority, call.priority)
     return call
+
+
+def admit(request: Any) -> None:
+    """Admits one message of a stream whose messages are answered one by one. Raises Unauthenticated, PermissionDenied, RateLimited."""
+    admit_one = _scope.get().admit_one
+    if admit_one is not None:
+        admit_one(request)

@@ -101,6 +101,7 @@ class RunServicer:
         try:
             if not name or len(name.encode()) > MAX_ID_BYTES:
                 raise InvalidArgument(f"id has {len(name.encode())} bytes; expected 1 to {MAX_ID_BYTES}.", field="id", limit=MAX_ID_BYTES)
+            calls.admit(request.request)
             own = Call(call.request_id, call.deadline, call.priority, tenant=call.tenant)
             response, _ = await self._run(request.request, own)
             return pb.RunManyResponse(id=name, response=response)

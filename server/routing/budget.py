@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from server.errors import BudgetExceeded, UnderstudyError
 from server.registry.budgets import Ledger, Refusal, Settlement, Used, Window, Wish
 from server.registry.registry import Registry
-from server.routing.budget_windows import Scopes, Windows, rfc3339
+from server.routing.budget_windows import KeyLimits, Scopes, Windows, rfc3339
 from server.routing.webhook import Webhook
 from server.settings import BudgetConfig
 
@@ -101,7 +101,10 @@ class _Do(NamedTuple):
 
 
 class Budget:
-    """One a process; its methods are for the event loop, any number of calls at once. `clock` is for tests: milliseconds since 1970."""
+    """One a process; its methods are for the event loop, any number of calls at once. `clock` is for tests: milliseconds since 1970.
+
+    `key_limits`: the limits that keys carry themselves, by key and window; None where callers have no keys.
+    """
 
     def __init__(
         self,
@@ -110,20 +113,21 @@ class Budget:
         *,
         observer: BudgetObserver | None = None,
         clock: Callable[[], int] | None = None,
+        key_limits: KeyLimits | None = None,
     ) -> None:
         """Raises InvalidArgument where the webhook's place holds none."""
-        self.limited = config.limited
+        self.limited = config.limited or key_limits is not None
         self.config = config
         self._observer = observer
         self._ledger = Ledger(registry, lease_s=config.lease_s, clock=clock)
-        self._windows = Windows(config)  # the event loop's
+        self._windows = Windows(config, key_limits)  # the event loop's
         url = config.read_webhook_url()
         self._webhook = Webhook(url) if url else None
         self._queue: queue.SimpleQueue[_Ask | Settlement | _Do | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         # Of the thread alone:
-        self._watch = Windows(config)
+        self._watch = Windows(config, key_limits)
         self._keys: dict[str, None] = {}  # scopes of keys without a limit of their own, the last used last
         self._alerted: set[tuple[str, str, str]] = set()
         self._renewed_ms = 0
@@ -168,6 +172,10 @@ class Budget:
         if isinstance(answer, Refusal):
             raise self._refused(answer, amount_micro_usd)
         return answer
+
+    def bounds(self, scopes: Scopes) -> bool:
+        """Whether a paid call must have a known worst cost: where the configuration limits anything, or the key itself."""
+        return self.config.limited or bool(self.limited and self._windows.of(scopes, self._ledger.now()))
 
     async def settle(self, reservation: Reservation, spent_micro_usd: int) -> None:
         """Replaces the promise by what was paid, in the windows of its time, even after its lease or its day ended.
@@ -371,7 +379,7 @@ class Budget:
     def _report(self) -> list[BudgetStatus]:
         self._watch.turn(self._ledger.now())
         windows = list(self._watch.configured())
-        if self._watch.has_default_key:
+        if self._watch.has_unnamed_keys:
             found = self._ledger.scopes(self._watch.names, "key:")
             windows += self._watch.named(scope for scope in found if not self._watch.is_named(scope))
         self._ledger.look(windows)

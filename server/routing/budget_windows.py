@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from decimal import Decimal
@@ -13,6 +13,8 @@ from zoneinfo import ZoneInfo
 from server.registry.budgets import Window
 from server.settings import BudgetConfig
 
+KeyLimits = Callable[[str], Mapping[str, int]]
+"""A key's own limits by window ("day", "month"), in 1e-6 US dollars; from any thread. They never change."""
 TOTAL = "total"
 _CACHED = 4096  # combinations of scopes; keys are the callers' to choose
 _KEY_LENGTH = 128
@@ -58,9 +60,13 @@ def _midnight(day: date, zone: tzinfo) -> int:
 
 
 class Windows:
-    """The windows of a configuration; looked up for every paid call, and so kept until the day ends. For one thread at a time."""
+    """The windows of a configuration; looked up for every paid call, and so kept until the day ends. For one thread at a time.
 
-    def __init__(self, config: BudgetConfig) -> None:
+    A key's own limits (`key_limits`) take the place of the default of keys, window by window; beside one that the configuration names for
+    the key, the smaller holds.
+    """
+
+    def __init__(self, config: BudgetConfig, key_limits: KeyLimits | None = None) -> None:
         self._zone: tzinfo = UTC if config.time_zone == "UTC" else ZoneInfo(config.time_zone)
         self._stop_at, self._alert_at = Decimal(repr(config.stop_at)), Decimal(repr(config.alert_at))
         tables = {"provider": config.providers, "skill": config.skills, "key": config.keys}
@@ -69,6 +75,7 @@ class Windows:
         # A key that is named without a limit has none; others fall back on the default.
         self._limits = {scope: one for scope, one in limits.items() if one or scope.startswith("key:")}
         self._default_key = config.default_key.micro_usd()
+        self._key_limits = key_limits
         self._periods: tuple[Period, ...] = ()
         self._cache: dict[Scopes, tuple[Window, ...]] = {}
 
@@ -112,9 +119,9 @@ class Windows:
         return scope in self._limits
 
     @property
-    def has_default_key(self) -> bool:
-        """Whether keys that are not named have a limit."""
-        return bool(self._default_key)
+    def has_unnamed_keys(self) -> bool:
+        """Whether keys that the configuration does not name may have a limit."""
+        return bool(self._default_key) or self._key_limits is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,7 +137,13 @@ class Windows:
         return True
 
     def _of_scope(self, scope: str) -> dict[str, int]:
-        return self._limits.get(scope, self._default_key if scope.startswith("key:") else {})
+        named = self._limits.get(scope)
+        if not scope.startswith("key:"):
+            return named or {}
+        own = self._key_limits(scope.removeprefix("key:")) if self._key_limits is not None else {}
+        if named is None:
+            return {**self._default_key, **own}
+        return {window: min(named.get(window, limit), limit) for window, limit in {**named, **own}.items()}
 
     def _share(self, share: Decimal, limit: int) -> int:
         return math.ceil(share * limit)

@@ -53,8 +53,12 @@ class Purse:
         """Promises a call's worst case. Raises BudgetExceeded, Unavailable."""
         if member.candidate.local:
             return None
+        from server.routing.budget_windows import Scopes
+
+        scopes = Scopes(provider=member.provider, skill=self._skill, key=self._tenant)
+        budget = self._budget if self._budget is not None and self._budget.bounds(scopes) else None
         worst = member.worst_cost_micro_usd
-        if worst is None and (self._left is not None or self._budget is not None):
+        if worst is None and (self._left is not None or budget is not None):
             message = f"{member.candidate.name} has no price, and a limit is set. Add its price under providers.{member.provider}.prices."
             raise BudgetExceeded(message, field="prices")
         if self._left is not None and worst is not None and worst > self._left:
@@ -62,10 +66,8 @@ class Purse:
             message = f"{may}, and {self._left} are left of max_cost. Raise max_cost."
             raise BudgetExceeded(message, field="max_cost", limit=self._left)
         reservation = None
-        if self._budget is not None and worst is not None:
-            from server.routing.budget_windows import Scopes
-
-            reservation = await self._budget.reserve(worst, Scopes(provider=member.provider, skill=self._skill, key=self._tenant))
+        if budget is not None and worst is not None:
+            reservation = await budget.reserve(worst, scopes)
         if self._left is not None:
             self._left -= worst or 0
         return reservation

@@ -123,7 +123,7 @@ class ProviderCandidate:
         started = time.perf_counter()
         try:
             if self._brief.skill.task == "feature-extraction":
-                return await self._embed(work, allowed, started)
+                return await self._embed(work, call, allowed, started)
             prompt = self._prompt(work)
             refusal = self._refusal(prompt, allowed)
             if refusal is not None:
@@ -144,8 +144,8 @@ class ProviderCandidate:
             return Failure(error, cost_micro_usd=error.spent_micro_usd, elapsed_s=time.perf_counter() - started)
         return self._read(work, completion, time.perf_counter() - started)
 
-    async def _embed(self, work: Work, allowed: Allowance, started: float) -> Answer:
-        if self._budget is not None or allowed.max_cost_micro_usd is not None:
+    async def _embed(self, work: Work, call: Call, allowed: Allowance, started: float) -> Answer:
+        if self._bounding(call) is not None or allowed.max_cost_micro_usd is not None:
             message = f"{self.name} embeds texts, whose worst cost is not known before; budgets and max_cost keep it from being asked."
             raise BudgetExceeded(message, field="max_cost")
         found = await self._provider.embed(self._model, [work.text], allowed.deadline)
@@ -181,13 +181,18 @@ class ProviderCandidate:
 
     async def _reserve(self, prompt: Prompt, call: Call) -> Reservation | None:
         """Raises BudgetExceeded, also where a budget is set and the model has no price: an unknown cost fits into none."""
-        if self._budget is None:
+        budget = self._bounding(call)
+        if budget is None:
             return None
         worst = self._provider.worst_cost_micro_usd(self._model, prompt)
         if worst is None:
             message = f"{self.name} has no price, and a budget is set. Add its price under providers.{self._provider.name}.prices."
             raise BudgetExceeded(message, field="prices")
-        return await self._budget.reserve(worst, self._scopes(call))
+        return await budget.reserve(worst, self._scopes(call))
+
+    def _bounding(self, call: Call) -> Budget | None:
+        """The budget, where it bounds this call."""
+        return self._budget if self._budget is not None and self._budget.bounds(self._scopes(call)) else None
 
     def _scopes(self, call: Call) -> Scopes:
         from server.routing.budget_windows import Scopes
