@@ -1,8 +1,8 @@
-"""Writes the OpenAPI document of everything that the gateway serves: `python protos/generate_openapi.py` makes gateway/openapi/openapi.json.
+"""Writes the OpenAPI document of all that the gateway serves: `python protos/generate_openapi.py` makes gateway/openapi/openapi.json.
 
-What the RPCs serve comes from the protos: their HTTP rules, messages, comments and options. What the gateway serves besides (OpenAI's paths, the
-older paths, health) stands in gateway/openapi/*.yaml, with the examples of the RPCs. `--check` writes nothing and fails where the file that is
-there is another.
+What the RPCs serve comes from the protos: their HTTP rules, messages, comments and options. What the gateway serves besides (OpenAI's
+paths, the older paths, health) stands in gateway/openapi/*.yaml, with the examples of the RPCs. `--check` writes nothing and fails where
+the file that is there is another.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def rules(method: MethodDescriptor) -> list[Any]:
 
 
 def path_of(template: str) -> tuple[str, list[tuple[str, list[str]]]]:
-    """ "/v1/{name=models/*}:load" as "/v1/models/{model}:load", and which field holds which parameters.
+    """Writes "/v1/{name=models/*}:load" as "/v1/models/{model}:load", and says which field holds which parameters.
 
     A star after a collection's name is the parameter of that name in the singular.
     """
@@ -134,9 +134,7 @@ class Operations:
         key = f"{method.containing_service.name}.{method.name}"
         given = self.examples.get(key)
         if given is None and resolved.get("required"):
-            raise SystemExit(
-                f"gateway/openapi/parts.yaml has no example of {key}, whose body has required fields; add one under rpc_examples"
-            )
+            raise SystemExit(f"gateway/openapi/examples.yaml has no example of {key}, whose body has required fields; add one")
         content["examples"] = {name: {"value": value} for name, value in (given or {"empty": {}}).items()}
         return {"required": bool(resolved.get("required") or resolved.get("oneOf")), "content": {"application/json": content}}
 
@@ -144,9 +142,7 @@ class Operations:
         schema = self.schemas.reference(method.output_type)
         description = self.schemas.comments.of(method.output_type.full_name)
         if method.server_streaming:
-            text = (
-                f'{description} One JSON document a line: {{"result": ...}}, and {{"error": ...}} as the last where the call fails midway.'
-            )
+            text = f'{description} One JSON document a line: {{"result": ...}}, and {{"error": ...}} as the last where it fails midway.'
             content = {STREAM: {"schema": {"type": "string"}, "x-item-schema": {"type": "object", "properties": {"result": schema}}}}
             return {"200": {"description": text, "content": content}, **errors(comment, has_body=has_body)}
         example = example_of(schema, self.schemas.components)
@@ -177,5 +173,5 @@ def sentences(comment: str) -> tuple[str, str]:
 
 
 def split_words(name: str) -> str:
-    """ "trainingJob" as "training job"."""
+    """Writes "trainingJob" as "training job"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()

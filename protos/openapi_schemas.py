@@ -1,4 +1,4 @@
-"""JSON schemas of proto messages, as protojson writes and reads them: the part of the OpenAPI document that comes from messages and enums."""
+"""JSON schemas of proto messages, as protojson writes and reads them: what the OpenAPI document has of messages and enums."""
 
 from __future__ import annotations
 

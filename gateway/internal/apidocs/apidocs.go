@@ -66,7 +66,7 @@ func (f *file) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		h.Set("Allow", "GET, HEAD")
-		wireerr.Write(w, r, wireerr.New(http.StatusMethodNotAllowed, codes.Unimplemented, wireerr.MethodNotAllowed, r.Method+" is not served here; expected GET.", ""))
+		wireerr.Write(w, r, wireerr.New(http.StatusMethodNotAllowed, codes.Unimplemented, wireerr.MethodNotAllowed, r.Method+" is not served here; expected GET.", "The header allow names the methods of this path."))
 		return
 	}
 	h.Set("Content-Type", f.contentType)

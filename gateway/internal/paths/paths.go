@@ -126,7 +126,7 @@ func (a *api) serve(w http.ResponseWriter, r *http.Request, one route) {
 func refuseMethod(w http.ResponseWriter, r *http.Request, allowed []string) {
 	w.Header().Set("Allow", strings.Join(allowed, ", "))
 	message := fmt.Sprintf("%s is not served here; expected %s", r.Method, strings.Join(allowed, " or "))
-	wireerr.Write(w, r, wireerr.New(http.StatusMethodNotAllowed, codes.Unimplemented, wireerr.MethodNotAllowed, message, ""))
+	wireerr.Write(w, r, wireerr.New(http.StatusMethodNotAllowed, codes.Unimplemented, wireerr.MethodNotAllowed, message, "The header allow names the methods of this path."))
 }
 
 // object is an answer: names to JSON values.

@@ -8,7 +8,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/status"
+
+	"understudy.dev/gateway/internal/wireerr"
 	pb "understudy.dev/gen/understudy/v1"
 )
 
@@ -110,7 +111,7 @@ func (a *api) healthy(ctx context.Context, _ *http.Request) (any, error) {
 		return nil, err
 	}
 	if response.Status != grpc_health_v1.HealthCheckResponse_SERVING {
-		return nil, status.Error(codes.Unavailable, "the server is not serving: it is starting or stopping; ask again in a moment")
+		return nil, wireerr.New(http.StatusServiceUnavailable, codes.Unavailable, "NOT_SERVING", "the server is not serving: it is starting or stopping, or no model is loaded", "Ask again in a moment; GET /api/models/status shows the models.")
 	}
 	return object{"status": rawOf("ok")}, nil
 }
