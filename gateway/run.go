@@ -72,6 +72,7 @@ func build(c config.Config, logger *slog.Logger) (*gateway, error) {
 		return nil, err
 	}
 	routes := http.NewServeMux()
+	routes.Handle("/v1", api) // else net/http would redirect to /v1/
 	routes.Handle("/v1/", api)
 	openai.Register(routes, pool, openai.Deps{Context: forward.Context, REST: api, Log: logger})
 	paths.Register(routes, pool)

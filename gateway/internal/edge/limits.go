@@ -73,6 +73,10 @@ func (e *Edge) readBody(w *writer, r *http.Request) (int64, error) {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return 0, nil
 	}
+	if len(r.TransferEncoding) > 0 {
+		// net/http has dropped a content-length that stood beside it; whoever sent both may have hidden a second request behind this one.
+		w.Header().Set("Connection", "close")
+	}
 	_ = w.control.SetReadDeadline(time.Now().Add(e.config.BodyTimeout)) // an error is one of the connection, which reading meets too
 	data, err := read(r, e.config.MaxBodyBytes)
 	_ = w.control.SetReadDeadline(time.Time{})

@@ -146,7 +146,17 @@ func tellRoute(route func(context.Context, string)) runtime.Middleware {
 }
 
 func onError(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, err error) {
-	wireerr.Write(w, r, err)
+	wireerr.Write(w, r, plain(err))
+}
+
+// plain takes out of a message that could not be read what belongs to the library; it varies its own spaces between builds.
+func plain(err error) error {
+	st, ok := status.FromError(err)
+	if !ok || st.Code() != codes.InvalidArgument || len(st.Proto().GetDetails()) > 0 {
+		return err
+	}
+	text := strings.TrimSpace(strings.TrimPrefix(strings.ReplaceAll(st.Message(), "\u00a0", " "), "proto:"))
+	return status.Errorf(codes.InvalidArgument, "the request cannot be read: %s.", text)
 }
 
 func onRoutingError(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, code int) {

@@ -82,7 +82,7 @@ func registerStream(mux *runtime.ServeMux, conn grpc.ClientConnInterface, option
 func (s *streamed) serve(w http.ResponseWriter, r *http.Request, params map[string]string) {
 	request, err := s.read(r, params)
 	if err != nil {
-		wireerr.Write(w, r, err)
+		wireerr.Write(w, r, plain(err))
 		return
 	}
 	stream, err := s.conn.NewStream(r.Context(), &grpc.StreamDesc{ServerStreams: true}, s.path)
