@@ -17,7 +17,7 @@ from server.registry.registry import reaching
 if TYPE_CHECKING:
     from server.registry.registry import Registry
 
-_KEY = re.compile(r"(und_[a-z2-7]{8})_[A-Za-z0-9_-]+")
+_KEY = re.compile(r"(und_[a-z0-9]{8})_[A-Za-z0-9_-]+")
 _HOLDER = secrets.token_hex(6)
 _NUMBERS = itertools.count()
 
