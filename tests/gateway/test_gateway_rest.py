@@ -33,27 +33,27 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 # Method, path, body, and a field of the answer: at least one call of each service.
 CALLS = [
+    ("GET", "/v1/caller", None, "role"),
     ("GET", "/v1/status", None, "serverVersion"),
     ("GET", "/v1/stats", None, "total"),
     ("GET", "/v1/budget", None, "budgets"),
     ("GET", "/v1/timeline", None, "points"),
     ("GET", "/v1/interactions?page_size=2", None, "interactions"),
     ("GET", "/v1/skills", None, "skills"),
-    ("GET", "/v1/feedback?interactionId=absent", None, "feedback"),
     ("GET", "/v1/trainingJobs", None, "trainingJobs"),
     ("GET", "/v1/schedules", None, "schedules"),
     ("GET", "/v1/models/embedder/versions/1", None, "model"),
     ("GET", "/v1/models/embedder/adapters", None, "adapters"),
     ("POST", "/v1/models/embedder:load", {}, "model"),
     ("POST", "/v1/inference:embed", {"model": {"name": "embedder"}, "texts": ["my card is lost"]}, "results"),
-    ("POST", "/v1/inference:classify", {"model": {"name": "classifier"}, "texts": ["my card is lost"]}, "results"),
+    ("POST", "/v1/inference:classify", {"model": {"name": "classifier"}, "inputs": [{"text": "my card is lost"}]}, "results"),
     ("POST", "/v1/inference:rerank", {"model": {"name": "ranker"}, "query": "card", "documents": ["a card", "transfer"]}, "results"),
     ("POST", "/v1/inference:extractEntities", {"model": {"name": "tagger"}, "texts": ["ada lived in london"]}, "results"),
     (
         "POST",
         "/v1/inference:generateText",
         {"model": {"name": "scripted"}, "prompt": "tell", "sampling": {"temperature": 0, "maxTokens": 3}},
-        "candidates",
+        "results",
     ),
 ]
 
@@ -80,6 +80,8 @@ def test_names_are_taken_in_either_case_and_given_in_one(http: httpx.Client) -> 
         ("GET", "/v1/models/absent/versions/1", None, 404, "MODEL_NOT_FOUND"),
         ("GET", "/v1/skills/absent", None, 404, "SKILL_NOT_FOUND"),
         ("GET", "/v1/trainingJobs/absent", None, 404, "JOB_NOT_FOUND"),
+        ("GET", "/v1/feedback?interactionId=absent", None, 404, "INTERACTION_NOT_FOUND"),
+        ("POST", "/v1/ensembles:run", b'{"skill": "absent", "input": {"text": "a"}}', 400, "INVALID_ARGUMENT"),
         ("GET", "/v1/absent", None, 404, "ROUTE_NOT_FOUND"),
         ("GET", "/absent", None, 404, "ROUTE_NOT_FOUND"),
         ("DELETE", "/v1/status", None, 405, "METHOD_NOT_ALLOWED"),
@@ -89,7 +91,7 @@ def test_names_are_taken_in_either_case_and_given_in_one(http: httpx.Client) -> 
         ("POST", "/v1/inference:embed", b'{"texts": 7}', 400, "INVALID_ARGUMENT"),
         ("POST", "/v1/inference:embed", b'{"texts": ["\xff"]}', 400, "INVALID_ARGUMENT"),
         ("POST", "/v1/inference:embed", b'{"model": {"name": "embedder"}, "texts": []}', 400, "INVALID_ARGUMENT"),
-        ("POST", "/v1/inference:classify", b'{"model": {"name": "embedder"}, "texts": ["a"]}', 400, "TASK_NOT_SUPPORTED"),
+        ("POST", "/v1/inference:classify", b'{"model": {"name": "embedder"}, "inputs": [{"text": "a"}]}', 400, "TASK_NOT_SUPPORTED"),
         ("GET", "/v1/interactions?page_size=many", None, 400, "INVALID_ARGUMENT"),
     ],
 )

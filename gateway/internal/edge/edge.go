@@ -119,6 +119,10 @@ func (e *Edge) ServeHTTP(inner http.ResponseWriter, r *http.Request) {
 
 // serve answers; it returns the bytes of the body.
 func (e *Edge) serve(w *writer, r *http.Request) int64 {
+	if r.ContentLength != 0 {
+		// Before anything else: net/http reads on in the body of a request that was refused. An error is one of the connection, which reading meets.
+		_ = w.control.SetReadDeadline(time.Now().Add(e.config.BodyTimeout))
+	}
 	probe := r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 	if err := e.admit(w, r, probe); err != nil {
 		wireerr.Write(w, r, err)

@@ -67,9 +67,6 @@ func hasDots(path string) bool {
 
 // readBody takes the whole body into memory, which the limit bounds, so that handlers never wait for a slow sender and every refusal is ours.
 func (e *Edge) readBody(w *writer, r *http.Request) (int64, error) {
-	if r.ContentLength > e.config.MaxBodyBytes {
-		return 0, e.tooLarge()
-	}
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return 0, nil
 	}
@@ -77,9 +74,13 @@ func (e *Edge) readBody(w *writer, r *http.Request) (int64, error) {
 		// net/http has dropped a content-length that stood beside it; whoever sent both may have hidden a second request behind this one.
 		w.Header().Set("Connection", "close")
 	}
-	_ = w.control.SetReadDeadline(time.Now().Add(e.config.BodyTimeout)) // an error is one of the connection, which reading meets too
+	if r.ContentLength > e.config.MaxBodyBytes {
+		return 0, e.tooLarge()
+	}
 	data, err := read(r, e.config.MaxBodyBytes)
-	_ = w.control.SetReadDeadline(time.Time{})
+	if err == nil {
+		_ = w.control.SetReadDeadline(time.Time{}) // ServeHTTP has set one; where reading failed it stays, for what net/http still reads
+	}
 	size := int64(len(data))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):

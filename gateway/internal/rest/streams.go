@@ -85,7 +85,17 @@ func (s *streamed) serve(w http.ResponseWriter, r *http.Request, params map[stri
 		wireerr.Write(w, r, plain(err))
 		return
 	}
-	stream, err := s.conn.NewStream(r.Context(), &grpc.StreamDesc{ServerStreams: true}, s.path)
+	out := &lines{w: w, r: r}
+	timer := time.AfterFunc(s.options.HeaderDelay, out.early)
+	defer timer.Stop()
+	if out.stream, err = s.open(r.Context(), request); err == nil {
+		err = out.copy(s.answer.New().Interface())
+	}
+	out.finish(err)
+}
+
+func (s *streamed) open(ctx context.Context, request proto.Message) (grpc.ClientStream, error) {
+	stream, err := s.conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, s.path)
 	if err == nil {
 		err = stream.SendMsg(request)
 	}
@@ -93,13 +103,9 @@ func (s *streamed) serve(w http.ResponseWriter, r *http.Request, params map[stri
 		err = stream.CloseSend()
 	}
 	if err != nil {
-		wireerr.Write(w, r, err)
-		return
+		return nil, err
 	}
-	out := &lines{w: w, r: r, stream: stream}
-	timer := time.AfterFunc(s.options.HeaderDelay, out.early)
-	defer timer.Stop()
-	out.finish(out.copy(s.answer.New().Interface()))
+	return stream, nil
 }
 
 func (s *streamed) read(r *http.Request, params map[string]string) (proto.Message, error) {
@@ -140,8 +146,8 @@ func (s *streamed) query(r *http.Request, request proto.Message) error {
 type lines struct {
 	w      http.ResponseWriter
 	r      *http.Request
-	stream grpc.ClientStream
-	mu     sync.Mutex // held while the headers are written, by whoever comes first
+	stream grpc.ClientStream // nil until it is open
+	mu     sync.Mutex        // held while the headers are written, by whoever comes first
 	begun  bool
 }
 
@@ -198,7 +204,7 @@ func (l *lines) begin() {
 		return
 	}
 	l.begun = true
-	if header, err := l.stream.Header(); err == nil {
+	if header, err := l.stream.Header(); err == nil { // only a stream that was opened begins here
 		for name, values := range header {
 			if name, ok := outgoing(name); ok {
 				l.w.Header()[http.CanonicalHeaderKey(name)] = values
