@@ -124,7 +124,7 @@ console/node_modules/.package-lock.json: console/package.json console/package-lo
 	PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --silent --no-audit --no-fund --prefix console
 	@touch $@
 
-$(CONSOLE): console/node_modules/.package-lock.json $(PROTOS) $(VENV)/.serve $(shell find console/src console/public -path console/src/gen -prune -o -type f -print) console/index.html console/vite.config.ts
+$(CONSOLE): console/node_modules/.package-lock.json $(PROTOS) $(shell find console/src console/public -path console/src/gen -prune -o -type f -print) console/index.html console/vite.config.ts | $(VENV)/.serve
 	$(BIN)/python console/generate_types.py
 	PATH="$$PATH:$(CURDIR)/$(BIN)" npm run --silent --prefix console check
 	PATH="$$PATH:$(CURDIR)/$(BIN)" npm run --silent --prefix console build -- --logLevel warn
