@@ -1,4 +1,4 @@
-import type { AnchorHTMLAttributes, ComponentChildren } from "preact";
+import type { ComponentChildren } from "preact";
 import { useEffect, useState } from "preact/hooks";
 
 /** Where the reader is: a page, and what of it. "/" is the overview; "/console/skills/support-intent" is a skill. */
@@ -32,7 +32,9 @@ export function usePlace(): Place {
   return place;
 }
 
-interface LinkProps extends AnchorHTMLAttributes {
+interface LinkProps {
+  class?: string;
+  "aria-current"?: "page" | undefined;
   page: string;
   item?: string;
   children: ComponentChildren;

@@ -56,7 +56,7 @@ function Totals({ stats }: { stats: { data: Stats | undefined; error: Error | un
     <section aria-label="Totals since the server started">
       <Problem error={stats.error} what="totals" />
       <dl class="stats">
-        <Stat label="Requests" value={count(total?.requests)} note={since && `in ${since}, since the start`} />
+        <Stat label="Requests" value={count(total?.requests)} note={since && `since the start, ${since}`} />
         <Stat
           label="Answered locally"
           value={percent(total?.localShare)}

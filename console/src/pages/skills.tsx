@@ -29,7 +29,7 @@ export function Skills({ item }: { item: string }) {
               <Card title="Configured skills">{own.length ? <SkillTable rows={own} caption="Configured skills" /> : <NoSkills />}</Card>
               {tasks.length > 0 && (
                 <Card title="Tasks as such" note="need no configuration: local models of the task answer, else the default teacher">
-                  <SkillTable rows={tasks} caption="Tasks as such" plain />
+                  <TaskTable rows={tasks} />
                 </Card>
               )}
             </>
@@ -52,7 +52,21 @@ base = "all-minilm-l6-v2"`}</pre>
   );
 }
 
-function SkillTable({ rows, caption, plain }: { rows: Skill[]; caption: string; plain?: boolean }) {
+function TaskTable({ rows }: { rows: Skill[] }) {
+  return (
+    <Table<Skill>
+      caption="Tasks as such"
+      rows={rows}
+      id={(row) => row.name ?? ""}
+      columns={[
+        { name: "Task", head: true, cell: (row) => <Link page="skills" item={bare(row.name)}>{bare(row.name)}</Link> },
+        { name: "Asked after local models", cell: (row) => row.teacher || "nobody" },
+      ]}
+    />
+  );
+}
+
+function SkillTable({ rows, caption }: { rows: Skill[]; caption: string }) {
   return (
     <Table<Skill>
       caption={caption}
@@ -60,7 +74,7 @@ function SkillTable({ rows, caption, plain }: { rows: Skill[]; caption: string; 
       id={(row) => row.name ?? ""}
       columns={[
         { name: "Skill", head: true, cell: (row) => <Link page="skills" item={bare(row.name)}>{bare(row.name)}</Link> },
-        ...(plain ? [] : [{ name: "Task", cell: (row: Skill) => row.task }]),
+        { name: "Task", cell: (row) => row.task },
         { name: "Teacher", cell: (row) => row.teacher || "none" },
         { name: "Student", cell: (row) => studentWords(row) },
         { name: "Stage", cell: (row) => <StageBadge stage={row.rolloutStage} percent={row.rolloutPercent} /> },

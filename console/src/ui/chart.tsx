@@ -121,7 +121,7 @@ function stacked(x: readonly number[], lines: readonly Line[]): uPlot.AlignedDat
   return [[...x], ...rows.reverse()] as uPlot.AlignedData;
 }
 
-function options({ lines, say, time = true, height = 168, range, band }: ChartProps, width: number, setAt: (index: number | null) => void): uPlot.Options {
+function options({ x, lines, say, time = true, height = 168, range, band }: ChartProps, width: number, setAt: (index: number | null) => void): uPlot.Options {
   const muted = colour("--muted");
   const rule = colour("--rule");
   const axis = { stroke: muted, font: "11px system-ui, sans-serif", grid: { stroke: rule, width: 1 }, ticks: { show: false } };
@@ -132,9 +132,9 @@ function options({ lines, say, time = true, height = 168, range, band }: ChartPr
     height,
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
-    scales: { x: { time }, y: { range: (_plot, low, high) => limits(low, high, range) } },
+    scales: { x: { time, range: (_plot, from, until) => (time ? [from, until + (x[1] ?? 0) - (x[0] ?? 0)] : [Math.min(from, x.length > 1 ? from : 0), until]) }, y: { range: (_plot, low, high) => limits(low, high, range) } },
     axes: [
-      { ...axis, grid: { show: false }, space: 70 },
+      { ...axis, grid: { show: false }, space: 70, size: 30, ...(time ? { values: (_plot, ticks, _axis, _space, step) => ticks.map((tick) => clock(tick, step)) } : {}) },
       { ...axis, size: 62, values: (_plot, ticks) => ticks.map(say) },
     ],
     series: [
@@ -143,12 +143,23 @@ function options({ lines, say, time = true, height = 168, range, band }: ChartPr
         const paint = colour(line.colour);
         if (line.bars) return { label: line.name, stroke: paint, fill: paint, width: 0, paths: bars, points: { show: false } };
         if (line.limit) return { label: line.name, stroke: paint, width: 1.25, dash: [5, 4], points: { show: false } };
-        return { label: line.name, stroke: paint, width: 1.75, spanGaps: true, points: { show: line.values.length < 2 || undefined, size: 5 } };
+        return { label: line.name, stroke: paint, width: 1.75, spanGaps: true, points: { show: sparse, size: 5, fill: paint } };
       }),
     ],
     bands: band ? [{ series: [place(band[0]), place(band[1])], fill: colour("--tint") }] : [],
     hooks: { setCursor: [(plot) => setAt(plot.cursor.idx ?? null)] },
   };
+}
+
+// Few values are drawn as points too: one alone would draw no line.
+const SPARSE = 40;
+const sparse = (plot: uPlot, series: number): boolean => (plot.data[series] ?? []).filter((value) => value !== null).length <= SPARSE;
+
+function clock(tick: number, step: number): string {
+  const when = new Date(tick * 1000);
+  const day = when.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  const midnight = when.getHours() === 0 && when.getMinutes() === 0;
+  return step >= 86_400 || midnight ? day : when.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
 }
 
 function limits(low: number | null, high: number | null, range: ChartProps["range"]): [number, number] {
