@@ -11,6 +11,8 @@ from openapi_schemas import Schema, Schemas, example_in, example_of, is_map, req
 
 VERBS = ("get", "put", "post", "delete", "patch")
 PLURALS = {"skills": "skill", "models": "model", "versions": "version", "adapters": "adapter", "interactions": "interaction"}
+# Examples of path parameters where the field's comment gives none.
+STAND_INS = {"model": "llama", "adapter": "french", "version": "1"}
 STREAM = "application/x-ndjson"
 TEXT_LIMIT = 255  # of a path's segment
 
@@ -88,7 +90,9 @@ class Operations:
             comment = self.schemas.comments.of(field.full_name)
             example = example_in(comment) or ""
             for at, name in enumerate(names):
-                found = example.split("/")[2 * at + 1 : 2 * at + 2] or ["1" if name == "version" else "all-minilm-l6-v2"]
+                found = example.split("/")[2 * at + 1 : 2 * at + 2] or [
+                    STAND_INS[name] if "adapter" in names or name != "model" else "all-minilm-l6-v2"
+                ]
                 parameters.append(
                     {
                         "name": name,

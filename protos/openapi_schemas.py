@@ -11,6 +11,9 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 Schema = dict[str, Any]
 
+# What stands for "..." in the examples of ids.
+JOB, INTERACTION = "9c1e5b7a2d4f60813c5e7a9b1d2f4e60", "019a9c1e5b7a7d4f60813c5e7a9b1d2f"
+
 INTEGERS = {FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_SINT32, FieldDescriptor.TYPE_SFIXED32}
 UNSIGNED = {FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_FIXED32}
 WIDE = {FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_SINT64, FieldDescriptor.TYPE_SFIXED64}
@@ -69,7 +72,9 @@ def _name(file: Any, path: Iterable[int]) -> str | None:
 def example_in(comment: str) -> Any:
     """What a comment gives as `for example "..."`; None where it gives nothing, or half of something."""
     found = re.search(r'for example "([^"]*)"', comment)
-    return found.group(1).replace("...", "9c1e5b7a2d4f60813c5e7a9b1d2f4e60") if found else None
+    if not found:
+        return None
+    return re.sub(r"[0-9a-f]*\.\.\.", INTERACTION if found.group(1).startswith("interactions/") else JOB, found.group(1))
 
 
 def behaviours(field: FieldDescriptor) -> set[int]:
