@@ -17,7 +17,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run gateway test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run openapi breaking gateway test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -81,6 +81,18 @@ lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis  ## 
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf format -d --exit-code protos
+	$(BIN)/python protos/generate_openapi.py --check
+
+# The protos of BASE lie in a tree of their own beside what they import.
+BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
+breaking: $(TOOLS)/node_modules/.bin/buf build/googleapis  ## Compares the protos with those of BASE (the last tag, else main): nothing that clients rely on may change.
+	rm -rf build/against && mkdir -p build/against/build
+	git archive $(BASE) buf.yaml protos | tar -x -C build/against
+	cp -r build/googleapis build/against/build/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf breaking --against build/against
+
+openapi: $(READY)  ## Writes gateway/openapi/openapi.json from the protos and gateway/openapi/*.yaml.
+	$(BIN)/python protos/generate_openapi.py
 
 # buf comes from npm; where there is no npm, PyPI carries Node.js.
 $(TOOLS)/node_modules/.bin/buf: | $(BIN)/python
