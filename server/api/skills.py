@@ -69,7 +69,8 @@ class SkillServicer:
         if len(request.reason.encode()) > MAX_REASON_BYTES:
             message = f"reason has {len(request.reason.encode())} bytes; expected at most {MAX_REASON_BYTES}. Shorten it."
             raise InvalidArgument(message, field="reason", limit=MAX_REASON_BYTES)
-        actor = calls.current_call().tenant or "operator"
+        scope = calls.current()
+        actor = scope.caller.name if scope.key is not None else "operator"
         return _rollout(await self._rollouts.command(name, verb, actor, request.reason.strip(), version))
 
     def _message(self, name: str) -> skill_pb2.Skill:
