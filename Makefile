@@ -91,8 +91,9 @@ breaking: $(TOOLS)/node_modules/.bin/buf build/googleapis  ## Compares the proto
 	cp -r build/googleapis build/against/build/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(TOOLS)/node_modules/.bin/buf breaking --against build/against
 
-openapi: $(READY)  ## Writes gateway/openapi/openapi.json from the protos and gateway/openapi/*.yaml.
+openapi: $(READY)  ## Writes the OpenAPI document from the protos and gateway/openapi/*.yaml, and its table in docs/rest.md.
 	$(BIN)/python protos/generate_openapi.py
+	$(BIN)/python protos/rest_table.py
 
 # buf comes from npm; where there is no npm, PyPI carries Node.js.
 $(TOOLS)/node_modules/.bin/buf: | $(BIN)/python

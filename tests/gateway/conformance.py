@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from tests.gateway_process import GatewayProcess
+from tests.gateway_process import ROOT, GatewayProcess
 from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ServerProcess
 
@@ -41,6 +41,8 @@ PROBES = "^/(health|readyz)$"
 CONFIG = """
 [server]
 grace_s = 5
+[models.default]
+text-generation = "smollm2-135m-instruct"
 [lake]
 path = {lake}
 flush_s = 0.3
@@ -95,7 +97,7 @@ class Site:
 
     def document(self) -> dict[str, Any]:
         """The document, with an interaction, a job and a key that there are in its examples."""
-        with httpx.Client(base_url=self.url, timeout=30) as http:
+        with httpx.Client(base_url=self.url, timeout=120) as http:
             text = http.get("/openapi.json").text
             ran = http.post("/v1/inference:run", json={"skill": "support-intent", "inputs": [{"text": "Where is my card?"}]})
             interaction = ran.json()["results"][0]["interactionId"]
@@ -144,7 +146,7 @@ def conform(site: Site, folder: Path, *, seconds: float, seed: int | None = None
             "--continue-on-failure",
             "--no-shrink",
             "--request-timeout",
-            "30",
+            "120",
             "--warnings",
             "off",
         ]
@@ -160,3 +162,9 @@ def conform(site: Site, folder: Path, *, seconds: float, seed: int | None = None
         outcome.cases += found["test_cases"]["generated"]
         outcome.failures += [json.dumps(one) for one in [*found["failures"], *found["errors"]]]
     return outcome
+
+
+def breaking(base: str) -> str:
+    """What `make breaking` says against a commit of git; empty where nothing that clients rely on has changed."""
+    done = subprocess.run(["make", "breaking", f"BASE={base}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr

@@ -56,7 +56,7 @@ def test_every_example_is_answered(site: Site) -> None:
     interaction = document["paths"]["/v1/interactions/{interaction}"]["get"]["parameters"][0]["example"]
     asked = sorted(requests_of(document), key=lambda one: "UnloadModel" in one[0] or "DeleteModel" in one[0])
     wrong = []
-    with httpx.Client(base_url=site.url, timeout=30) as http:
+    with httpx.Client(base_url=site.url, timeout=120) as http:
         for operation, verb, url, body in asked:
             params = {"interactionId": interaction} if operation == "FeedbackService_ListFeedback" else {}
             params |= {"noFollow": "true"} if operation == "TrainingService_StreamTrainingJobLogs" else {}
