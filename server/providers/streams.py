@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -122,6 +123,10 @@ class LiveStream:
         except Exception:  # the answer is whole
             pass
         finally:
+            # Left to the garbage collector, the generator would be ended by whatever thread collects.
+            if isinstance(self._chunks, AsyncGenerator):
+                with suppress(Exception):
+                    await self._chunks.aclose()
             await self._response.aclose()
 
     async def _advance(self) -> list[Part]:
