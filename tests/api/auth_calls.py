@@ -68,14 +68,15 @@ def call(
     """One call by its path; `request` a message, or None for an empty one."""
     method = descriptor_pool.Default().FindMethodByName(path.removeprefix("/").replace("/", "."))  # type: ignore[no-untyped-call]
     data = b"" if request is None else request.SerializeToString()
-    sent = [*metadata, *([("authorization", f"Bearer {key}")] if key is not None else [])]
+    sent = (*metadata, *((("authorization", f"Bearer {key}"),) if key is not None else ()))
+    raw: Any = channel
     try:
         if method.client_streaming:
-            answers = list(channel.stream_stream(path)(iter([data]), metadata=sent, timeout=30))
+            answers = list(raw.stream_stream(path)(iter([data]), metadata=sent, timeout=30))
         elif method.server_streaming:
-            answers = list(channel.unary_stream(path)(data, metadata=sent, timeout=30))
+            answers = list(raw.unary_stream(path)(data, metadata=sent, timeout=30))
         else:
-            answers = [channel.unary_unary(path)(data, metadata=sent, timeout=30)]
+            answers = [raw.unary_unary(path)(data, metadata=sent, timeout=30)]
     except grpc.RpcError as error:
         return refusal(error)
     return Answer("OK", data=b"".join(answers))

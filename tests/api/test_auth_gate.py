@@ -41,7 +41,7 @@ class Desk:
         self.book = KeyBook(self.keys, clock=self.ms)
         self.events: list[AuditEvent] = []
         writer = AuditWriter(AuditLog(self.registry))
-        writer.put = self.events.append  # type: ignore[method-assign]
+        writer.put = self.events.append  # type: ignore[method-assign,assignment]
         self.gate = Gate(self.book, writer, clock=self.ms, ticks=lambda: self.now)
 
     def ms(self) -> int:
@@ -218,6 +218,19 @@ def test_a_rate_limit_lets_so_many_through_in_a_minute(desk: Desk) -> None:
         scope.admit_one(pb.RunRequest(skill="x"))
     with pytest.raises(RateLimited):
         scope.admit_one(pb.RunRequest(skill="x"))
+
+
+def test_each_message_of_a_stream_counts_and_a_revoked_key_ends_it(desk: Desk) -> None:
+    key = desk.make(requests_per_minute=3)
+    scope = desk.admit(key, "/inference.GRPCInferenceService/ModelStreamInfer")
+    for _ in range(2):
+        desk.gate.took(scope, b"")
+    with pytest.raises(RateLimited):
+        desk.gate.took(scope, b"")
+    desk.now += 60
+    desk.keys.revoke(key[4:12])
+    desk.book.refresh()
+    assert problem(lambda: desk.gate.took(scope, b"")) == "revoked"
 
 
 def test_a_bucket_never_lets_more_through_than_its_rate() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -147,7 +148,7 @@ def test_in_a_stream_each_message_is_admitted_by_itself(site: Site) -> None:
         inference_service_pb2.RunManyRequest(id=name, request={"skill": name, "inputs": [{"text": "x"}]})
         for name in ("triage", "other", "triage")
     ]
-    stub = InferenceServiceStub(site.channel)
+    stub: Any = InferenceServiceStub(site.channel)  # type: ignore[no-untyped-call]
     answers = list(stub.RunMany(iter(requests), metadata=[("authorization", f"Bearer {site.limited}")], timeout=30))
     codes = sorted((answer.id, of_status("", answer.error, "").reason) for answer in answers)
     assert codes == [("other", "PERMISSION_DENIED"), ("triage", ""), ("triage", "")]
@@ -175,7 +176,7 @@ def test_a_key_is_made_used_listed_and_revoked(site: Site) -> None:
     assert site.call(ADMIN + "GetCaller", made.secret).code == "OK"  # at once, on the server that made it
     found = pb.GetApiKeyResponse.FromString(site.call(ADMIN + "GetApiKey", admin, pb.GetApiKeyRequest(name=key.name)).data).api_key
     assert found == key
-    names = []
+    names: list[str] = []
     page = pb.ListApiKeysResponse(next_page_token="")
     while not names or page.next_page_token:
         request = pb.ListApiKeysRequest(page_size=2, page_token=page.next_page_token)

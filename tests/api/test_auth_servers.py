@@ -24,7 +24,7 @@ from tests.api.auth_calls import Answer, call, of_status, own_database
 from tests.conftest import StartServer
 from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ROOT, ServerProcess
-from understudy.v1 import admin_service_pb2, inference_pb2, inference_service_pb2, model_service_pb2, stats_service_pb2
+from understudy.v1 import admin_service_pb2, auth_pb2, inference_pb2, inference_service_pb2, model_service_pb2, stats_service_pb2
 
 CALLER = "/understudy.v1.AdminService/GetCaller"
 LOAD = "/understudy.v1.ModelService/LoadModel"
@@ -160,7 +160,7 @@ def test_where_no_keys_are_asked_for_changes_are_written_down_as_anonymous(
     with grpc.insecure_channel(server.address) as channel:
         answer = call(channel, CALLER, "any word, as SDKs send")
         assert admin_service_pb2.GetCallerResponse.FromString(answer.data) == admin_service_pb2.GetCallerResponse(
-            name="anonymous", role=4, keys_required=False
+            name="anonymous", role=auth_pb2.ROLE_ADMIN, keys_required=False
         )
         call(channel, LOAD, None, model_service_pb2.LoadModelRequest(name="models/none"))
     server.stop()
