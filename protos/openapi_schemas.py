@@ -139,16 +139,17 @@ class Schemas:
     def field(self, field: FieldDescriptor) -> Schema:
         """Schema of a field with its comment."""
         comment = self.comments.of(field.full_name)
-        schema = self._value(field)
         if is_map(field):
             key, value = field.message_type.fields_by_name["key"], field.message_type.fields_by_name["value"]
             schema = {"type": "object", "additionalProperties": self._value(value)}
             if key.type in INTEGERS:
                 schema["propertyNames"] = {"pattern": "^(0|-?[1-9][0-9]{0,8})$"}
         elif field.is_repeated:
-            schema = {"type": "array", "items": schema}
+            schema = {"type": "array", "items": self._value(field)}
         elif field.message_type is not None and not required(field):
-            schema = _or_null(schema)
+            schema = _or_null(self._value(field))
+        else:
+            schema = self._value(field)
         example = example_in(comment)
         if example is not None and schema.get("type") == "string" and "enum" not in schema:
             schema["examples"] = [example]

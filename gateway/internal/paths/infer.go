@@ -78,7 +78,7 @@ func (a *api) work(ctx context.Context, b body, model string, shape shape) (any,
 	task := found.GetModel().GetTask()
 	doing, ok := tasks[task]
 	if !ok {
-		return nil, invalid("model", "the model %s does the task %q, which has no words to put into JSON; use the Open Inference Protocol over gRPC", name, task)
+		return nil, invalid("model", "the model %s does the task %q, which takes tensors; expected a model whose task works on texts. Send tensors by the Open Inference Protocol over gRPC", name, task)
 	}
 	if err := b.merge("parameters"); err != nil {
 		return nil, err
