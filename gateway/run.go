@@ -19,6 +19,7 @@ import (
 	"golang.org/x/net/netutil"
 
 	"understudy.dev/gateway/internal/apidocs"
+	"understudy.dev/gateway/internal/certs"
 	"understudy.dev/gateway/internal/config"
 	"understudy.dev/gateway/internal/edge"
 	"understudy.dev/gateway/internal/forward"
@@ -63,7 +64,7 @@ func run(c config.Config) error {
 }
 
 func build(c config.Config, logger *slog.Logger) (*gateway, error) {
-	pool, err := upstream.Dial(c)
+	pool, err := upstream.Dial(c, logger)
 	if err != nil {
 		return nil, err
 	}
@@ -172,13 +173,16 @@ func (g *gateway) tls() (*tls.Config, error) {
 	if c.TLSCert == "" {
 		return nil, nil
 	}
-	pair, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
+	pair, err := certs.Load(c.TLSCert, c.TLSKey, g.log)
 	if err != nil {
 		return nil, fmt.Errorf("--tls-cert: %w", err)
 	}
-	settings := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
+	settings := &tls.Config{
+		MinVersion:     tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return pair.Get(), nil },
+	}
 	if c.TLSClientCA != "" {
-		if settings.ClientCAs, err = upstream.CertPool(c.TLSClientCA); err != nil {
+		if settings.ClientCAs, err = certs.Pool(c.TLSClientCA); err != nil {
 			return nil, err
 		}
 		settings.ClientAuth = tls.RequireAndVerifyClientCert

@@ -4,10 +4,9 @@ package upstream
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"understudy.dev/gateway/internal/certs"
 	"understudy.dev/gateway/internal/config"
 )
 
@@ -34,8 +34,8 @@ type Pool struct {
 var _ grpc.ClientConnInterface = (*Pool)(nil)
 
 // Dial makes the connections; they are opened by the first call, and opened anew whenever they were lost.
-func Dial(c config.Config) (*Pool, error) {
-	creds, err := transport(c)
+func Dial(c config.Config, log *slog.Logger) (*Pool, error) {
+	creds, err := transport(c, log)
 	if err != nil {
 		return nil, err
 	}
@@ -87,37 +87,24 @@ func (p *Pool) pick() *grpc.ClientConn {
 	return p.conns[int(p.next.Add(1)%uint32(len(p.conns)))]
 }
 
-func transport(c config.Config) (credentials.TransportCredentials, error) {
+func transport(c config.Config, log *slog.Logger) (credentials.TransportCredentials, error) {
 	if !c.ServerTLS {
 		return insecure.NewCredentials(), nil
 	}
 	settings := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: c.ServerName}
 	if c.ServerCA != "" {
-		pool, err := CertPool(c.ServerCA)
+		pool, err := certs.Pool(c.ServerCA)
 		if err != nil {
 			return nil, err
 		}
 		settings.RootCAs = pool
 	}
 	if c.ServerCert != "" {
-		pair, err := tls.LoadX509KeyPair(c.ServerCert, c.ServerKey)
+		pair, err := certs.Load(c.ServerCert, c.ServerKey, log)
 		if err != nil {
 			return nil, fmt.Errorf("--server-cert: %w", err)
 		}
-		settings.Certificates = []tls.Certificate{pair}
+		settings.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair.Get(), nil }
 	}
 	return credentials.NewTLS(settings), nil
-}
-
-// CertPool reads a PEM file of certificates.
-func CertPool(file string) (*x509.CertPool, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return nil, fmt.Errorf("reading certificates: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(data) {
-		return nil, fmt.Errorf("%s holds no certificate; expected PEM", file)
-	}
-	return pool, nil
 }

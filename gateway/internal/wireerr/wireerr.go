@@ -10,7 +10,6 @@ import (
 	"math"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -258,6 +257,6 @@ func helpFor(reason string, code codes.Code) string {
 	case codes.Unavailable, codes.ResourceExhausted:
 		return "Call again after the delay in the header retry-after."
 	default:
-		return strings.ToLower(Name(code)) + ": see /docs for what this call expects."
+		return "/docs shows what this call expects and what its errors mean."
 	}
 }
