@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "clients" / "python"))
 
 HEAD = """# API reference
 
-Written from [the protos](https://buf.build/docs/reference/descriptors) in `protos/understudy/v1` when this site is built. A server tells the same by
+Written from the protos in `protos/understudy/v1` when this site is built. A server tells the same by
 reflection: `grpcurl -plaintext localhost:50051 describe`. Fields are only ever added. REST answers are JSON with lowerCamelCase names.
 
 `REQUIRED` fields must be set; `OUTPUT_ONLY` ones are the server's. What an RPC answers when it cannot is a `google.rpc.Status` with one
@@ -46,6 +46,7 @@ def descriptors() -> list[Any]:
     # Both must be known before descriptors are parsed, so that their options are read.
     import google.api.annotations_pb2
     import google.api.field_behavior_pb2
+
     import understudy.v1.auth_pb2  # noqa: F401
 
     spec = importlib.util.find_spec("grpc_tools")
@@ -78,7 +79,10 @@ def services(file: Any, comments: Comments) -> Iterator[str]:
         yield f"## {service.name}\n\n{comments(6, at)}\n"
         for number, method in enumerate(service.method):
             asked, given = _link(method.input_type), _link(method.output_type)
-            asked, given = (f"stream of {asked}" if method.client_streaming else asked), (f"stream of {given}" if method.server_streaming else given)
+            asked, given = (
+                (f"stream of {asked}" if method.client_streaming else asked),
+                (f"stream of {given}" if method.server_streaming else given),
+            )
             yield f"### {service.name}.{method.name} {{ #{_anchor(service.name + '.' + method.name)} }}\n\n{comments(6, at, 2, number)}\n"
             facts = [f"{asked} → {given}", *(f"`{verb}`" for verb in bindings(method)), f"role: {role(method)}"]
             yield "".join(f"- {fact}\n" for fact in facts)

@@ -1,4 +1,4 @@
-"""The page reference_config.md: every setting with its type, bounds and default from the schema, its meaning from the example's comments."""
+"""The page reference_config.md: each setting with its type, bounds and default from the schema, its meaning from the example."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if str(ROOT) not in sys.path:
 
 HEAD = """# Configuration reference
 
-Written from the schema (`server/config.py`, `server/settings.py`) when this site is built. The file is `understudy.toml` in the working directory, or
-the one that `--config` or `UNDERSTUDY_CONFIG` names; [the example](https://toml.io) `understudy.example.toml` shows every setting in its place.
+Written from the schema (`server/config.py`, `server/settings.py`) when this site is built. The file is `understudy.toml` in the working
+directory, or the one that `--config` or `UNDERSTUDY_CONFIG` names; `understudy.example.toml` shows every setting in its place.
 
-A flag (`--set server.port=50052`) goes before the environment (`UNDERSTUDY_SERVER__PORT=50052`), that before the file, that before the default.
-Unknown keys are errors that name the nearest known one. Secrets are never values: `…_env` names a variable, `…_file` a file that holds one. Times end
-in `_s` and are seconds, sizes end in `_bytes`. `<name>` stands for a name of your own.
+A flag (`--set server.port=50052`) goes before the environment (`UNDERSTUDY_SERVER__PORT=50052`), that before the file, that before the
+default. Unknown keys are errors that name the nearest known one. Secrets are never values: `…_env` names a variable, `…_file` a file that
+holds one. Times end in `_s` and are seconds, sizes end in `_bytes`. `<name>` stands for a name of your own.
 """
 
 
@@ -112,7 +112,7 @@ def _type(field: Any) -> str:
 
 def _name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in (str, Path) or origin is None and getattr(annotation, "__name__", "") == "Path":
+    if annotation in (str, Path) or (origin is None and getattr(annotation, "__name__", "") == "Path"):
         return "string"
     if origin is Literal:
         return " or ".join(f"`{one}`" for one in arguments)

@@ -9,8 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import api_reference  # noqa: E402
-import config_reference  # noqa: E402
+import api_reference
+import config_reference
 
 _outward = re.compile(r"\[[^\]]*\]\(\.\./([^)]+)\)")
 
