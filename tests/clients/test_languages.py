@@ -122,7 +122,7 @@ def test_example_runs(language: str, environment: Mapping[str, str]) -> None:
 
 
 def run(language: str, command: list[str], environment: Mapping[str, str]) -> str:
-    """Output of a command that must succeed, in the client's folder, once the client is built. Skips where its language is not installed."""
+    """Output of a command that must succeed, in the folder of a client, which is built first. Skips where the language is not installed."""
     if shutil.which(command[0], path=environment["PATH"]) is None:
         pytest.skip(f"{command[0]} is not installed")
     built = subprocess.run(["make", f"client-{language}"], cwd=ROOT, capture_output=True, text=True)
