@@ -5,7 +5,7 @@ import { usePolled } from "../hooks";
 import { Link } from "../router";
 import { SPANS, beginOf, columnsOf, sum, type Columns, type Span } from "../timeline";
 import type { SkillList, SkillStats, Stats, Status, Timeline } from "../types";
-import { Badge, Card, Empty, Facts, Loaded, Meter, Page, Problem, Select, Stat } from "../ui/basics";
+import { Badge, Card, Empty, Facts, Loaded, Loading, Meter, Page, Problem, Select, Stat } from "../ui/basics";
 import { Chart } from "../ui/chart";
 import { Table } from "../ui/table";
 
@@ -39,6 +39,7 @@ export function Overview() {
     <Page title="Overview" tools={tools}>
       <Totals stats={stats} />
       <Problem error={timeline.error} what="the timeline" />
+      {!timeline.data && !timeline.error && <Loading what="the timeline" />}
       {columns && timeline.data?.points.length === 0 && <Quiet span={chosen} />}
       {columns && timeline.data && timeline.data.points.length > 0 && <Charts of={columns} />}
       <div class="grid">
@@ -51,12 +52,11 @@ export function Overview() {
 
 function Totals({ stats }: { stats: { data: Stats | undefined; error: Error | undefined } }) {
   const total = stats.data?.total;
-  const since = stats.data?.startTime ? span((Date.now() - Date.parse(stats.data.startTime)) / 1000) : "";
   return (
     <section aria-label="Totals since the server started">
       <Problem error={stats.error} what="totals" />
       <dl class="stats">
-        <Stat label="Requests" value={count(total?.requests)} note={since && `since the start, ${since}`} />
+        <Stat label="Requests" value={count(total?.requests)} note="since the server started" />
         <Stat
           label="Answered locally"
           value={percent(total?.localShare)}

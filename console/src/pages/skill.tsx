@@ -170,25 +170,38 @@ function State({ rollout, looked }: { rollout: Rollout; looked: readonly Looked[
         ) : (
           <>
             <Interval rollout={rollout} agreed={agreed ?? 0} />
-            <Chart
-              title="confidence sequence of the share that agrees with the teacher"
-              x={looked.map((one) => one.compared)}
-              time={false}
-              xName="Comparison"
-              say={(value) => percent(value)}
-              range={[Math.max(0, Math.min(0.9, ...looked.map((one) => one.lower), Number(rollout.target) - Number(rollout.tolerance)) - 0.02), 1.005]}
-              band={["Upper bound", "Lower bound"]}
-              lines={[
-                { name: "Upper bound", colour: "--provider", values: looked.map((one) => one.upper) },
-                { name: "Agreement", colour: "--local", values: looked.map((one) => one.share) },
-                { name: "Lower bound", colour: "--provider", values: looked.map((one) => one.lower) },
-                { name: "Least for full", colour: "--bad", limit: true, values: looked.map(() => Number(rollout.target) - Number(rollout.tolerance)) },
-              ]}
-            />
+            {looked.length > 1 ? (
+              <Sequence rollout={rollout} looked={looked} />
+            ) : (
+              <p class="note">The confidence sequence is drawn as comparisons come.</p>
+            )}
           </>
         )}
       </Card>
     </div>
+  );
+}
+
+/** The bounds after so many comparisons: they hold at every moment at once, so one may look whenever one likes. */
+function Sequence({ rollout, looked }: { rollout: Rollout; looked: readonly Looked[] }) {
+  const least = Number(rollout.target) - Number(rollout.tolerance);
+  const from = Math.max(0, Math.min(0.9, least, ...looked.map((one) => one.lower)) - 0.02);
+  return (
+    <Chart
+      title="confidence sequence of the share that agrees with the teacher"
+      x={looked.map((one) => one.compared)}
+      time={false}
+      xName="Comparison"
+      say={(value) => percent(value)}
+      range={[from, 1.005]}
+      band={["Upper bound", "Lower bound"]}
+      lines={[
+        { name: "Upper bound", colour: "--provider", values: looked.map((one) => one.upper) },
+        { name: "Agreement", colour: "--local", values: looked.map((one) => one.share) },
+        { name: "Lower bound", colour: "--provider", values: looked.map((one) => one.lower) },
+        { name: "Least for full", colour: "--bad", limit: true, values: looked.map(() => least) },
+      ]}
+    />
   );
 }
 
