@@ -59,9 +59,10 @@ class Gate:
 
         Raises Unauthenticated, PermissionDenied, RateLimited, and Unavailable as long as the registry has never been read.
         """
-        rule = scope.rule
-        if self.book is None or rule is None:
+        if self.book is None:
             return
+        rule = scope.rule
+        assert rule is not None, "the guard has its gate before methods are registered"
         held = self._held(self.book, authorization)
         scope.key = held
         scope.caller = caller = held.caller
