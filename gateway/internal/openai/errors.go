@@ -112,18 +112,20 @@ func errorOfStatus(found *spb.Status) *apiError {
 	return result
 }
 
-// renamed gives fields the names that the caller knows: what the server calls `from` is `to` here.
+// renamed gives fields the names that the caller knows: what the server calls a key of `names` is its value here. The longest key counts.
 func (e *apiError) renamed(names map[string]string) *apiError {
-	for from, to := range names {
+	best := ""
+	for from := range names {
 		rest, ok := strings.CutPrefix(e.param, from)
-		if !ok || (rest != "" && !strings.ContainsAny(rest[:1], ".[") && !strings.HasSuffix(from, ".")) {
-			continue
+		whole := rest == "" || strings.HasSuffix(from, ".") || strings.ContainsAny(rest[:1], ".[")
+		if ok && whole && len(from) > len(best) {
+			best = from
 		}
-		if old := e.param; old != "" {
-			e.param = to + rest
-			e.message = strings.ReplaceAll(e.message, old, e.param)
-		}
-		break
+	}
+	if best != "" {
+		old := e.param
+		e.param = names[best] + strings.TrimPrefix(old, best)
+		e.message = strings.ReplaceAll(e.message, old, e.param)
 	}
 	return e
 }

@@ -78,17 +78,20 @@ def test_stop_and_length(client: openai.OpenAI) -> None:
 
 
 def test_penalties_and_bias_reach_the_model(client: openai.OpenAI) -> None:
-    tokenizer = scripted.make_tokenizer()
-    look = tokenizer.token_to_id("look: ")
-    biased = client.chat.completions.create(
-        model="scripted", messages=TALK, temperature=0, max_tokens=2, logit_bias={str(look): 100},
-        frequency_penalty=0.0, presence_penalty=0.0, top_p=1.0,
-    )  # fmt: skip
+    look = str(scripted.make_tokenizer().token_to_id("look: "))
+    asked: dict[str, Any] = {"model": "scripted", "messages": TALK, "temperature": 0, "max_tokens": 2}
+    biased = client.chat.completions.create(logit_bias={look: 100}, frequency_penalty=0.0, presence_penalty=0.0, top_p=1.0, **asked)
     assert biased.choices[0].message.content == "look: look: "
-    punished = client.chat.completions.create(
-        model="scripted", messages=TALK, temperature=0, max_tokens=2, logit_bias={str(look): 1.5}, presence_penalty=2.0
-    )
-    assert punished.choices[0].message.content == "Sure, let me "
+    punished = client.chat.completions.create(logit_bias={look: 100}, presence_penalty=2.0, **asked)
+    assert punished.choices[0].message.content == "look: look: "  # 2 of 100
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        small = client.completions.create(
+            model="scripted", prompt="tell", temperature=0, max_tokens=40, logit_bias={look: 0}, extra_body={penalty: 2.0}
+        )
+        assert (
+            small.choices[0].text
+            != client.completions.create(model="scripted", prompt="tell", temperature=0, max_tokens=40).choices[0].text
+        )
 
 
 def test_logprobs(client: openai.OpenAI) -> None:
@@ -121,20 +124,15 @@ def test_tools_and_their_results(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "trip"}}], ids=["required", "named"])
 def test_a_model_is_made_to_call_a_tool(client: openai.OpenAI, choice: Any) -> None:
-    trip = {"type": "function", "function": {"name": "trip", "parameters": {**Trip.model_json_schema(), "additionalProperties": False}}}
+    parameters = {**Trip.model_json_schema(), "additionalProperties": False}
+    tools: list[Any] = [{"type": "function", "function": {"name": "trip", "parameters": parameters}}]
     for seed in range(3):
         made = client.chat.completions.create(
-            model="scripted",
-            messages=TALK,
-            tools=[trip],
-            tool_choice=choice,
-            temperature=2.0,
-            seed=seed,
-            max_tokens=300,  # type: ignore[list-item]
+            model="scripted", messages=TALK, tools=tools, tool_choice=choice, temperature=2.0, seed=seed, max_tokens=300
         )
-        (call,) = made.choices[0].message.tool_calls or ()
-        assert made.choices[0].finish_reason == "tool_calls" and made.choices[0].message.content is None
-        Trip.model_validate_json(call.function.arguments)  # type: ignore[union-attr]
+        calls: list[Any] = list(made.choices[0].message.tool_calls or ())
+        assert len(calls) == 1 and made.choices[0].finish_reason == "tool_calls" and made.choices[0].message.content is None
+        Trip.model_validate_json(calls[0].function.arguments)
 
 
 def test_a_model_is_kept_from_calling_a_tool(client: openai.OpenAI) -> None:

@@ -49,7 +49,7 @@ def rerank() -> None:
 def errors() -> None:
     try:
         litellm.completion(model="openai/nope", messages=TALK, **HOW)
-    except litellm.NotFoundError:
+    except litellm.exceptions.NotFoundError:
         return
     raise AssertionError("no error")
 
