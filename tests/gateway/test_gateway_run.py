@@ -19,12 +19,13 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(gateway_binary: Path, tmp_path: Path) -> Iterator[Start]:
+def start(gateway_binary: Path, small_models: Path, tmp_path: Path) -> Iterator[Start]:
     """Starts what `make run` starts, in an empty folder, on free ports."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*flags: str, program: Path = gateway_binary) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "server.commands.up", "--gateway", str(program), "--port", "0", "--http-port", "0", *flags]
+    def begin(program: Path = gateway_binary) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "server.commands.up", "--gateway", str(program), "--port", "0", "--http-port", "0"]
+        command += ["--models", str(small_models), "--set", "server.metrics_port=0", "--set", 'models.load=["embedder"]']
         env = {key: value for key, value in os.environ.items() if not key.startswith("UNDERSTUDY_")}
         env |= {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "clients" / "python")]),
@@ -42,9 +43,6 @@ def start(gateway_binary: Path, tmp_path: Path) -> Iterator[Start]:
         running.wait()
 
 
-EMPTY = ("--set", "server.metrics_port=0", "--set", "models.load=[]")
-
-
 def ready(running: subprocess.Popen[str]) -> tuple[dict[str, str], list[str]]:
     """The three lines by their first words, and all lines until then."""
     assert running.stdout is not None
@@ -60,7 +58,7 @@ def ready(running: subprocess.Popen[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def test_one_line_each_when_all_are_ready_and_a_clean_end(start: Start) -> None:
-    running = start(*EMPTY)
+    running = start()
     found, _ = ready(running)
     assert found.keys() == {"server", "gateway", "console"}
     assert httpx.get(f"{found['gateway']}/readyz").status_code == 200
@@ -75,7 +73,7 @@ def test_one_line_each_when_all_are_ready_and_a_clean_end(start: Start) -> None:
 
 @pytest.mark.parametrize("victim", ["understudy-gateway", "server.cli"])
 def test_where_one_dies_the_other_is_stopped(start: Start, victim: str) -> None:
-    running = start(*EMPTY)
+    running = start()
     ready(running)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     (child,) = [int(one) for one in children if victim in Path(f"/proc/{one}/cmdline").read_text()]
@@ -87,7 +85,7 @@ def test_where_one_dies_the_other_is_stopped(start: Start, victim: str) -> None:
 
 
 def test_a_missing_gateway_says_how_to_make_it(start: Start, tmp_path: Path) -> None:
-    running = start(program=tmp_path / "absent")
+    running = start(tmp_path / "absent")
     output, _ = running.communicate(timeout=30)
     assert running.returncode == 1
     assert "make gateway" in output
