@@ -17,7 +17,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run openapi breaking gateway clients clients-test test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn wheel install clean
+.PHONY: help setup run openapi breaking gateway clients clients-test test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn bench-reach wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -209,7 +209,7 @@ sanitize: $(READY) $(VENV)/.dev  ## Runs the kernels under AddressSanitizer and 
 
 # ---- measurements ------------------------------------------------------------------------------------------------
 
-bench: bench-serve bench-generate bench-route bench-learn  ## All measurements.
+bench: bench-serve bench-generate bench-route bench-learn bench-reach  ## All measurements.
 
 bench-serve: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/ghz  ## Measures every bar against raw ONNX Runtime and peers; ARGS="--only throughput".
 	$(BIN)/python -m bench.serve $(ARGS)
@@ -222,6 +222,9 @@ bench-route: $(READY) $(VENV)/.dev $(STARTER)  ## Measures routing: tasks, diffi
 
 bench-learn: $(READY) $(VENV)/.dev $(STARTER)  ## Measures the learning loop: lake, training, rollout, the flywheel; ARGS="--only flywheel".
 	$(BIN)/python -m bench.learn $(ARGS)
+
+bench-reach: $(READY) $(VENV)/.dev $(STARTER) console gateway clients  ## Measures REST, OpenAI SDKs, clients, console, keys; ARGS="--only overhead".
+	$(BIN)/python -m bench.reach $(ARGS)
 
 wheel: $(READY)  ## Builds the wheel into dist/.
 	rm -rf dist/*.whl

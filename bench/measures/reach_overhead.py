@@ -9,33 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 from bench.generation_models import shape
-from bench.harness import BUILD, ROOT, STARTER, Row, free_port, median, part, row_of, serve
+from bench.harness import BUILD, ROOT, STARTER, Row, median, part, row_of, serve
+from tests.gateway_process import GatewayProcess, build_gateway
 
 OVERHEAD = "the gateway adds p50 <= 0.6 ms to a unary call, and costs <= 5 % of the tokens a second of 32 streams"
 ADDED_MS, SHARE = 0.6, 0.95
-GATEWAY = ROOT / "build" / "gateway" / "understudy-gateway"
 STREAMS = 32
 
 
 @contextlib.contextmanager
 def gateway(server: str) -> Iterator[str]:
     """The gateway in front of the server at this address, with its usual settings; gives its base URL."""
-    subprocess.run(["make", "gateway"], cwd=ROOT, check=True, capture_output=True)
-    port = free_port()
-    flags = ["--server", server, "--listen", f"127.0.0.1:{port}", "--metrics-listen", f"127.0.0.1:{free_port()}"]
-    process = subprocess.Popen([str(GATEWAY), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    build_gateway()
+    running = GatewayProcess(server, "--access-log=false")
     try:
-        _wait(f"http://127.0.0.1:{port}/readyz")
-        yield f"http://127.0.0.1:{port}"
+        yield running.url
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        running.stop()
 
 
 def overhead() -> Row:
@@ -62,20 +57,3 @@ def _load(server: str, url: str, model: str, mode: str) -> Any:
     subprocess.run(["go", "build", "-o", str(program), "./cmd/reachload"], cwd=ROOT / "gateway", check=True, env=environment)
     command = [str(program), "-grpc", server, "-http", url, "-model", model, "-mode", mode, "-streams", str(STREAMS)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _wait(url: str) -> None:
-    """Until the gateway says that it is ready, 30 seconds at most."""
-    import time
-    import urllib.error
-    import urllib.request
-
-    end = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
