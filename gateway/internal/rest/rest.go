@@ -162,6 +162,7 @@ func plain(err error) error {
 func onRoutingError(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, code int) {
 	switch code {
 	case http.StatusMethodNotAllowed:
+		w.Header().Set("Allow", strings.Join(allowed(r.URL.Path), ", "))
 		wireerr.Write(w, r, NotAllowed(r))
 	case http.StatusNotFound:
 		wireerr.Write(w, r, NotFound(r))
