@@ -254,6 +254,15 @@ func TestKeyMetadataAndDeadlineGoWithEveryCall(t *testing.T) {
 	}
 }
 
+func TestACallWithoutAKeyIsRefused(t *testing.T) {
+	setting(t, "UNDERSTUDY_API_KEY")
+	client := connect(t, setting(t, "UNDERSTUDY_ADDRESS"), understudy.Options{})
+	_, err := client.Embed(t.Context(), "x")
+	if failed := failure(t, err); failed.Code != codes.Unauthenticated || failed.Reason != "UNAUTHENTICATED" {
+		t.Fatalf("%#v", failed)
+	}
+}
+
 func TestEncryption(t *testing.T) {
 	pem, err := os.ReadFile(setting(t, "UNDERSTUDY_CA"))
 	if err != nil {

@@ -199,6 +199,14 @@ async fn key_metadata_and_deadline_go_with_every_call() {
 }
 
 #[tokio::test]
+async fn a_call_without_a_key_is_refused() {
+    let (Some(address), Some(_)) = (setting("UNDERSTUDY_ADDRESS"), setting("UNDERSTUDY_API_KEY")) else { return };
+    let client = Client::connect(&address, Options::default()).unwrap();
+    let error = client.embed(["x"]).await.unwrap_err();
+    assert_eq!((error.code, error.reason.as_str()), (Code::Unauthenticated, "UNAUTHENTICATED"));
+}
+
+#[tokio::test]
 async fn encryption() {
     let (Some(address), Some(file)) = (setting("UNDERSTUDY_SCRIPTED_TLS"), setting("UNDERSTUDY_CA")) else { return };
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(fs::read(file).unwrap()));

@@ -5,6 +5,7 @@
 
 import {
   create,
+  createRegistry,
   fromJson,
   getOption,
   toJson,
@@ -20,6 +21,10 @@ import type { Transport } from "@connectrpc/connect";
 import { codeNamed, UnderstudyError } from "./errors.js";
 import { http } from "./gen/google/api/annotations_pb.js";
 import type { HttpRule } from "./gen/google/api/http_pb.js";
+import { file_google_rpc_error_details } from "./gen/google/rpc/error_details_pb.js";
+
+/** Fields of a newer server are left out; the errors of items have details of these types. */
+const READ = { ignoreUnknownFields: true, registry: createRegistry(file_google_rpc_error_details) };
 
 export interface RestOptions {
   /** Address of the gateway, for example "https://understudy.example.com"; "" for the page's own. */
@@ -112,7 +117,7 @@ export function createRestTransport(options: RestOptions): Transport {
       const clock = new Clock(signal, timeoutMs);
       try {
         const answer = await ask({ method, timeoutMs, header, input }, clock);
-        const message = fromJson(method.output, await json(answer, clock), { ignoreUnknownFields: true });
+        const message = fromJson(method.output, await json(answer, clock), READ);
         return { stream: false, service: method.parent, method, header: answer.headers, trailer: new Headers(), message };
       } finally {
         clock.stop();
@@ -207,7 +212,7 @@ async function* documents<O extends DescMessage>(output: O, answer: Response, cl
         if (document["error"] !== undefined) {
           throw refusal(document, answer);
         }
-        yield fromJson(output, document["result"] ?? {}, { ignoreUnknownFields: true });
+        yield fromJson(output, document["result"] ?? {}, READ);
       }
       if (done) {
         return;

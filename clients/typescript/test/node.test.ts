@@ -29,6 +29,15 @@ describe("what goes with a call", () => {
   });
 });
 
+describe("a call without a key", { skip: apiKey ? false : "the server asks for none" }, () => {
+  it("is refused", async () => {
+    const client = connect(setting("UNDERSTUDY_ADDRESS"));
+    const error = await failure(() => client.embed(["x"]));
+    client.close();
+    assert.deepEqual([error.code, error.reason], ["UNAUTHENTICATED", "UNAUTHENTICATED"]);
+  });
+});
+
 describe("what is sent again", () => {
   const client = connect(setting("UNDERSTUDY_SCRIPTED"));
   after(() => client.close());

@@ -185,6 +185,15 @@ final class ClientTest {
   }
 
   @Test
+  void aCallWithoutAKeyIsRefused() {
+    setting("UNDERSTUDY_API_KEY");
+    client = Client.connect(setting("UNDERSTUDY_ADDRESS"));
+    UnderstudyException error = failure(() -> client.embed(List.of("x")));
+    assertEquals(Status.Code.UNAUTHENTICATED, error.code());
+    assertEquals("UNAUTHENTICATED", error.reason());
+  }
+
+  @Test
   void encryption() throws IOException {
     String address = setting("UNDERSTUDY_SCRIPTED_TLS");
     var authorities = TlsChannelCredentials.newBuilder().trustManager(new File(setting("UNDERSTUDY_CA"))).build();
