@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tests.console.console_browser import chromium, watched
-from tests.console.console_site import ConsoleSite
+from tests.console.console_site import ConsoleSite, LockedSite
 from tests.gateway_process import BINARY, ROOT
 
 
@@ -26,6 +26,13 @@ def console_gateway() -> Path:
 def site(console_gateway: Path, small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleSite]:
     """One site for all: tests change what is theirs, and find their own rows."""
     running = ConsoleSite(tmp_path_factory.mktemp("console"), small_models)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def locked(console_gateway: Path, small_models: Path, tmp_path: Path) -> Iterator[LockedSite]:
+    running = LockedSite(tmp_path, small_models)
     yield running
     running.close()
 

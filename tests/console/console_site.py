@@ -1,10 +1,12 @@
-"""A site with everything that the console shows: a skill whose student is on its way beside a teacher on loopback, models, an adapter, budgets."""
+"""A site with everything that the console shows: a skill whose student is on its way beside a teacher on loopback, models, budgets."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from server.registry.jobs import JobStore
 from server.registry.registry import Registry
 from server.runtime.heads import Base, Features, HeadSpec, write_linear_head
 from server.runtime.repository import Repository
-from tests.gateway_process import GatewayProcess
+from tests.gateway_process import ROOT, GatewayProcess
 from tests.providers.loopback import OpenAIServer
 from tests.routing.conftest import LABELS, SURE
 from tests.server_process import ServerProcess
@@ -172,3 +174,31 @@ teacher = "loop/big"
     def wait_recorded(self, interaction: str) -> None:
         """Until the lake's tables have an interaction."""
         self.wait(lambda: self.http.get(f"/v1/interactions/{interaction}").status_code, lambda code: code == 200)
+
+
+class LockedSite:
+    """A server that asks for keys, with nothing loaded, and two keys of it."""
+
+    def __init__(self, folder: Path, small_models: Path) -> None:
+        config = f"""
+[auth]
+keys = "required"
+[models]
+load = []
+[registry]
+url = {json.dumps(f"sqlite:///{folder / 'registry.db'}")}
+"""
+        self.server = ServerProcess(folder / "server", config, models=small_models)
+        self.server.wait_ready()
+        self.gateway = GatewayProcess(self.server.address)
+        self.url = self.gateway.url
+        self._config = folder / "server" / "understudy.toml"
+        self.admin, self.viewer = self._key("admin"), self._key("viewer")
+
+    def _key(self, role: str) -> str:
+        command = [sys.executable, "-m", "server.cli", "keys", "create", "--role", role, "--name", role, "--config", str(self._config)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    def close(self) -> None:
+        self.gateway.stop()
+        self.server.stop(allow_errors=True)
