@@ -14,7 +14,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"understudy.dev/gateway/internal/forward"
 	pb "understudy.dev/gateway/internal/pb"
@@ -28,12 +27,6 @@ type Options struct {
 	HeaderDelay time.Duration
 	// Route is told the path pattern of each request, e.g. "/v1/{name=models/*}:load"; may be nil.
 	Route func(ctx context.Context, pattern string)
-}
-
-// Marshaler is how messages are written and read: lowerCamelCase out, unset fields too; either case in, unknown fields refused.
-var Marshaler = &runtime.JSONPb{
-	MarshalOptions:   protojson.MarshalOptions{EmitUnpopulated: true},
-	UnmarshalOptions: protojson.UnmarshalOptions{DiscardUnknown: false},
 }
 
 // New is the handler of all services; conn may be any connection to the server.

@@ -91,3 +91,26 @@ func TestEveryAnnotatedMethodIsCalledByItsPath(t *testing.T) {
 		t.Errorf("only %d bindings were found", checked)
 	}
 }
+
+func TestBodiesAreOneValue(t *testing.T) {
+	for body, code := range map[string]int{
+		"": http.StatusConflict, "{}": http.StatusConflict, " {} ": http.StatusConflict, `{"texts":["a"]}`: http.StatusConflict,
+		"{} {}": http.StatusBadRequest, "{}x": http.StatusBadRequest, "{": http.StatusBadRequest, "[]": http.StatusBadRequest,
+		"null": http.StatusBadRequest, `{"nonsense":1}`: http.StatusBadRequest,
+	} {
+		handler, err := New(&called{methods: map[string]bool{}}, Options{HeaderDelay: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{"/v1/inference:embed", "/v1/inference:generate"} {
+			if path == "/v1/inference:generate" && strings.Contains(body, "texts") {
+				continue
+			}
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, httptest.NewRequest(http.MethodPost, path, strings.NewReader(body)))
+			if w.Code != code {
+				t.Errorf("%s %q: %d %s, want %d", path, body, w.Code, w.Body, code)
+			}
+		}
+	}
+}
