@@ -67,6 +67,7 @@ var byReason = map[string]string{
 	"UNAUTHENTICATED":      "invalid_api_key",
 	"BUDGET_EXCEEDED":      "insufficient_quota",
 	"OVERLOADED":           "rate_limit_exceeded",
+	"RATE_LIMITED":         "rate_limit_exceeded",
 	"RESOURCE_EXHAUSTED":   "rate_limit_exceeded",
 	"PROVIDER_UNAVAILABLE": "provider_unavailable",
 }
@@ -125,7 +126,9 @@ func (e *apiError) renamed(names map[string]string) *apiError {
 	if best != "" {
 		old := e.param
 		e.param = names[best] + strings.TrimPrefix(old, best)
-		e.message = strings.ReplaceAll(e.message, old, e.param)
+		if strings.ContainsAny(old, "._[") { // "skill" may be a word of the sentence
+			e.message = strings.ReplaceAll(e.message, old, e.param)
+		}
 	}
 	return e
 }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from server.core import Role
+from server.registry.api_keys import ApiKeys, KeySettings
+from server.registry.registry import Registry
+from server.settings import RegistryConfig
 from tests.conftest import StartServer
 from tests.gateway_process import GatewayProcess
 
@@ -174,17 +179,41 @@ async def test_a_full_server_says_when_to_come_again(start_server: StartServer, 
         gateway.stop()
 
 
-def test_keys(tmp_path: Any, start_server: StartServer, gateway_binary: Any) -> None:
-    gateway = GatewayProcess(start_server('[auth]\nkeys = "required"').address)
+def test_keys_and_roles(tmp_path: Path, start_server: StartServer, gateway_binary: Path) -> None:
+    url = f"sqlite:///{tmp_path}/registry.db"
+    keys = ApiKeys(Registry(RegistryConfig(url=url)))
+    viewer = keys.create(KeySettings(Role.VIEWER), "test")[1]
+    user = keys.create(KeySettings(Role.USER), "test")[1]
+    limited = keys.create(KeySettings(Role.USER, skills=("scribe",)), "test")[1]
+    slow = keys.create(KeySettings(Role.USER, requests_per_minute=1), "test")[1]
+    skill = '[skills.scribe]\ntask = "text-generation"\nstudent_model = "scripted"\ndeliver_bar = 0.0'
+    config = f'[auth]\nkeys = "required"\n[registry]\nurl = "{url}"\n{skill}'
+    gateway = GatewayProcess(start_server(config).address)
+
+    def chat(key: str, model: str, **more: Any) -> Any:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+            return client.chat.completions.create(model=model, messages=TALK, temperature=0, max_tokens=2, **more)
+
     try:
-        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="und_nobody_0", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError) as caught:
-                client.chat.completions.create(model="scripted", messages=TALK)
-            assert caught.value.code == "invalid_api_key"
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
-            with pytest.raises(openai.AuthenticationError):
-                client.embeddings.create(model="local:embedder", input="x")
+        for more in ({}, {"stream": True}):
+            with pytest.raises(openai.AuthenticationError) as unknown:
+                chat("und_nobody_0", "local:scripted", **more)
+            assert unknown.value.code == "invalid_api_key"
+            with pytest.raises(openai.PermissionDeniedError) as refused:
+                chat(viewer, "scribe", **more)
+            assert refused.value.code == "permission_denied"
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=viewer) as client:
+            assert "scribe" in {one.id for one in client.models.list()}
+        assert chat(user, "scripted").choices[0].message.content
+        assert chat(limited, "scribe").choices[0].message.content
+        for model in ("scripted", "openai/gpt-4o"):
+            with pytest.raises(openai.PermissionDeniedError, match="limited to skills"):
+                chat(limited, model)
+        assert httpx.post(f"{gateway.url}/v1/embeddings", json={"model": "embedder", "input": "x"}).status_code == 401
+        with pytest.raises(openai.RateLimitError) as often:
+            for _ in range(3):
+                chat(slow, "local:scripted")
+        assert often.value.code == "rate_limit_exceeded" and int(often.value.response.headers["retry-after"]) >= 1
     finally:
         gateway.stop()
 
