@@ -26,11 +26,12 @@ from tests.clients.scripted_server import scripted_server
 from tests.gateway_process import GatewayProcess, build_gateway
 from tests.server_process import ROOT, ServerProcess
 from understudy.client import Client
+from understudy.options import GenerateOptions
 
 CLIENTS = ROOT / "clients"
 TEXTS = ["where is my card ?", "how do i reset my password ?", "money transfer late"]
 PROMPT = "tell"
-SAMPLING = {"temperature": 1.0, "seed": 11, "max_tokens": 24}
+SAMPLING: GenerateOptions = {"temperature": 1.0, "seed": 11, "max_tokens": 24}
 SKILL = "text-classification"
 # Language -> its test runner.
 SUITES: dict[str, list[str]] = {
@@ -45,6 +46,13 @@ EXAMPLES: dict[str, list[str]] = {
     "typescript": ["node", "dist/examples/tour.js"],
     "java": ["mvn", "-o", "-q", "-B", "exec:java"],
     "rust": ["cargo", "run", "--offline", "-q", "--example", "tour"],
+}
+# Language -> the first example of its README, as a file that the build compiles.
+FIRST: dict[str, str] = {
+    "go": "example/hello/main.go",
+    "typescript": "examples/hello.ts",
+    "java": "src/test/java/Hello.java",
+    "rust": "examples/hello.rs",
 }
 
 
@@ -104,7 +112,7 @@ def ask_python(address: str, key: str) -> dict[str, Any]:
             "answers": [one.text for one in runs],
             "prompt": PROMPT,
             "sampling": SAMPLING,
-            "text": client.generate_text(PROMPT, model=generation_models.NAME, **SAMPLING).text,
+            "text": client.generate_text(PROMPT, **SAMPLING).text,
             "model": generation_models.NAME,
         }
 
@@ -119,6 +127,12 @@ def test_example_runs(language: str, environment: Mapping[str, str]) -> None:
     said = run(language, EXAMPLES[language], environment)
     for words in ("3 vectors of 32", "Greta", "feedback", "MODEL_NOT_FOUND", "DEADLINE_EXCEEDED"):
         assert words in said, said
+
+
+@pytest.mark.parametrize("language", FIRST)
+def test_the_readme_shows_what_is_compiled(language: str) -> None:
+    example = (CLIENTS / language / FIRST[language]).read_text(encoding="utf-8")
+    assert f"\n{example}```\n" in (CLIENTS / language / "README.md").read_text(encoding="utf-8")
 
 
 def run(language: str, command: list[str], environment: Mapping[str, str]) -> str:
