@@ -11,6 +11,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 Schema = dict[str, Any]
 
+DURATION = "google.protobuf.Duration"
 # What stands for "..." in the examples of ids.
 JOB, INTERACTION = "9c1e5b7a2d4f60813c5e7a9b1d2f4e60", "019a9c1e5b7a7d4f60813c5e7a9b1d2f"
 
@@ -150,6 +151,8 @@ class Schemas:
             schema = _or_null(self._value(field))
         else:
             schema = self._value(field)
+        if field.message_type is not None and field.message_type.full_name == DURATION and field.containing_type.full_name not in self.sent:
+            schema["examples"] = ["30s"]  # of a limit that a caller sets
         example = example_in(comment)
         if example is not None and schema.get("type") == "string" and "enum" not in schema:
             schema["examples"] = [example]
