@@ -71,7 +71,7 @@ def test_without_a_server_it_lives_but_is_not_ready(start_gateway: StartGateway)
 
 
 def test_readiness_follows_the_server(start_gateway: StartGateway, start_server: StartServer) -> None:
-    server = start_server()
+    server = start_server('[models]\nload = ["embedder"]\n')
     gateway = start_gateway(server.address)
     assert httpx.get(f"{gateway.url}/readyz").status_code == 200
     server.stop()
@@ -179,7 +179,7 @@ def test_the_access_log_keeps_secrets(start_gateway: StartGateway, server: Serve
 
 
 def test_keys_reach_the_server_in_either_header(start_gateway: StartGateway, start_server: StartServer) -> None:
-    server = start_server('[auth]\nkeys = "required"\n')
+    server = start_server('[auth]\nkeys = "required"\n[models]\nload = ["embedder"]\n')
     gateway = start_gateway(server.address)
     refused = httpx.get(f"{gateway.url}/v1/status")
     assert refused.status_code == 401
@@ -193,7 +193,7 @@ def test_keys_reach_the_server_in_either_header(start_gateway: StartGateway, sta
 
 
 def test_a_client_that_leaves_cancels_the_call(start_gateway: StartGateway, start_server: StartServer) -> None:
-    server = start_server()
+    server = start_server('[models]\nload = ["scripted"]\n')
     gateway = start_gateway(server.address)
     Stream(gateway).close()
     server.wait_event("call", method="/understudy.v1.InferenceService/Generate", code="CANCELLED")
