@@ -115,7 +115,7 @@ export class UnderstudyClient {
 
   /** Says something of an answer. It is kept once, however often it has to be sent. */
   async feedback(interactionId: string, said: FeedbackInput, options?: CallOptions): Promise<Feedback> {
-    const request = { feedback: { ...said, interactionId }, requestId: crypto.randomUUID() };
+    const request = { feedback: { ...said, interactionId }, requestId: randomId() };
     const { feedback } = await this.feedbackService.createFeedback(request, options);
     if (feedback === undefined) {
       throw new TypeError("the server kept the feedback and did not say as what");
@@ -127,6 +127,11 @@ export class UnderstudyClient {
   close(): void {
     this.#close();
   }
+}
+
+/** As crypto.randomUUID, which pages without encryption do not have. */
+function randomId(): string {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 export { Thumb };

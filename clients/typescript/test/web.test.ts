@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { describe, it } from "node:test";
 
 import { connect } from "../src/web.js";
@@ -25,6 +26,23 @@ function kept(answer: () => Response): [ReturnType<typeof connect>, Sent[]] {
   };
   return [connect({ baseUrl: "http://gateway/", apiKey: "und_a_b", fetch }), sent];
 }
+
+it("needs nothing of Node.js", () => {
+  const seen = new Set<string>();
+  const read = (file: URL): void => {
+    if (!seen.has(file.href)) {
+      seen.add(file.href);
+      for (const [, name = ""] of readFileSync(file, "utf8").matchAll(/^(?:import|export) .*?from "([^"]+)"/gms)) {
+        assert.doesNotMatch(name, /^node:|connect-node/, file.href);
+        if (name.startsWith(".")) {
+          read(new URL(name, file));
+        }
+      }
+    }
+  };
+  read(new URL("../src/web.js", import.meta.url));
+  assert.ok(seen.size > 10);
+});
 
 describe("requests over REST", () => {
   it("go where the protos say", async () => {
