@@ -83,14 +83,15 @@ def axe_findings(page: Page) -> list[dict[str, Any]]:
 def axe_over_pages(browser: Browser, url: str, pages: dict[str, str] = PAGES) -> list[dict[str, Any]]:
     """`axe_findings` of every page in both themes, with its page and theme."""
     found: list[dict[str, Any]] = []
-    for theme in THEMES:
-        context = browser.new_context(base_url=url, color_scheme="dark" if theme == "dark" else "light")
-        page = context.new_page()
-        page.set_default_timeout(WAIT_MS)
-        for name, path in pages.items():
-            show(page, path)
+    context = browser.new_context(base_url=url)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    for name, path in pages.items():
+        show(page, path)
+        for theme in THEMES:
+            page.emulate_media(color_scheme="dark" if theme == "dark" else "light")
             found += [{"page": name, "theme": theme, **one} for one in axe_findings(page)]
-        context.close()
+    context.close()
     return found
 
 
