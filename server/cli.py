@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -172,6 +173,17 @@ def main() -> None:
     except UnderstudyError as error:
         print(f"understudy: {error.message}", file=sys.stderr)
         raise SystemExit(1) from None
+    except SystemExit as end:
+        if sys.argv[1:2] == ["lake"] and isinstance(end.code, int | None):
+            _end_at_once(end.code or 0)
+        raise
+
+
+def _end_at_once(code: int) -> None:
+    """Ends without waiting for the libraries' threads: one of them now and then aborts a process that was about to end well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
