@@ -27,6 +27,7 @@ from understudy.client import Client
 PAGES = docs_pages.pages()
 RUN = [page for page in PAGES if any(block.mark == "run" for block in docs_pages.blocks(page))]
 GOLD = dict(texts(400, seed=3))
+FIRST = "quickstart.md"  # trains the student that the other pages speak of
 PAGE_S, WAIT_S = 120.0, 60.0
 CONFIG = """
 [lake]
@@ -98,7 +99,7 @@ class Stage:
         assert done.returncode == 0, f"{page.name}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     def fill(self) -> None:
-        """Traffic, what is recorded of it, and a student that was trained from it and is on its way."""
+        """Traffic, and what is recorded of it."""
         with Client(self.server.address) as client:
             works = list(GOLD)
             for begin in range(0, len(works), 100):
@@ -108,9 +109,14 @@ class Stage:
             client.feedback(written.interaction_id, thumb="down", correction="Order one in the app.")
         self._until("curl -fsS 'localhost:8080/v1/interactions?pageSize=500' | grep -o inputKind | wc -l | grep -qx 402")
         self._until("curl -fsS 'localhost:8080/v1/interactions?withFeedback=true' | grep -q interactionId")
-        done = self._bash("understudy train support-intent")
-        assert done.returncode == 0, done.stdout + done.stderr
-        self._until("understudy rollout status support-intent | grep -q shadow")
+
+    def train(self) -> None:
+        """Sees to a student that is on its way: the page that trains the first one may not have run."""
+        status = self._bash("understudy rollout status support-intent").stdout
+        if "version" not in status:
+            done = self._bash("understudy train support-intent")
+            assert done.returncode == 0, done.stdout + done.stderr
+        self._until("understudy rollout status support-intent | grep -q version")
 
     def _until(self, command: str) -> None:
         end = time.monotonic() + WAIT_S
@@ -187,4 +193,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_a_pages_commands_work(page: Path, stage: Stage) -> None:
+    if page.name != FIRST:
+        stage.train()
     stage.run(page)
