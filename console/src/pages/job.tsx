@@ -141,12 +141,13 @@ function Curves({ points, error, running }: { points: readonly JobMetric[]; erro
     }
     return [...found].map(([name, all]) => ({ name, x: all.map((one) => integer(one.step)), values: all.map((one) => Number(one.value)) }));
   }, [points]);
+  const once = curves.filter((curve) => curve.values.length === 1);
   return (
-    <Card title="Curves" note={curves.length ? `${curves.length}` : undefined}>
+    <Card title="Curves">
       <Problem error={error} what="a job's curves" />
       {curves.length === 0 && !error && <Empty>{running ? "The trainer has measured nothing yet." : "This job drew no curves."}</Empty>}
       <div class="grid charts">
-        {curves.map((curve) => (
+        {curves.filter((curve) => curve.values.length > 1).map((curve) => (
           <div key={curve.name}>
             <h3>{curve.name}</h3>
             <Chart
@@ -160,6 +161,7 @@ function Curves({ points, error, running }: { points: readonly JobMetric[]; erro
           </div>
         ))}
       </div>
+      <Facts of={once.map((curve) => [curve.name, figure(curve.values[0])] as const)} />
     </Card>
   );
 }

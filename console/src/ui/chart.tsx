@@ -61,7 +61,9 @@ export function Chart(props: ChartProps) {
 
   useEffect(() => plot.current?.setData(stacked(x, lines)), [x, lines]);
 
-  const index = at !== null && at < x.length ? at : x.length - 1;
+  // Without a pointer the legend tells the last place at which there is anything.
+  const last = x.findLastIndex((_value, i) => lines.some((line) => line.values[i]));
+  const index = at !== null && at < x.length ? at : last < 0 ? x.length - 1 : last;
   const when = (value: number | undefined): string =>
     value === undefined ? "" : time ? moment(new Date(value * 1000).toISOString()) : `${xName} ${value.toLocaleString("en-US")}`;
   const told = (value: Value | undefined): string => (value === null || value === undefined ? "–" : say(value));
