@@ -171,3 +171,21 @@ def test_a_stream_that_fails_midway_ends_with_the_error(http: httpx.Client) -> N
     assert lines[-1]["error"]["reason"] == "DEADLINE_EXCEEDED"
     assert lines[-1]["error"]["code"] == 504
     assert lines[-1]["error"]["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/v1/status", "GET"),
+        ("/v1/trainingJobs", "GET, POST"),
+        ("/v1/skills/a/schedule", "DELETE, PUT"),
+        ("/v1/trainingJobs/a:cancel", "POST"),
+        ("/v1/inference:embed", "POST"),
+        ("/readyz", "GET, HEAD"),
+    ],
+)
+def test_a_refused_method_is_told_the_others(http: httpx.Client, path: str, allow: str) -> None:
+    response = http.patch(path)
+    assert response.status_code == 405
+    assert response.headers["allow"] == allow
+    assert allow in error_of(response)["message"]

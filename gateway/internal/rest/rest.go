@@ -155,22 +155,13 @@ func plain(err error) error {
 func onRoutingError(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, code int) {
 	switch code {
 	case http.StatusMethodNotAllowed:
-		w.Header().Set("Allow", strings.Join(allowed(r.URL.Path), ", "))
-		wireerr.Write(w, r, NotAllowed(r))
+		methods := strings.Join(allowed(r.URL.Path), ", ")
+		w.Header().Set("Allow", methods)
+		wireerr.Write(w, r, wireerr.New(code, codes.Unimplemented, wireerr.MethodNotAllowed,
+			"this path is not served with this method; expected "+methods+".", "The header allow names the methods of this path."))
 	case http.StatusNotFound:
-		wireerr.Write(w, r, NotFound(r))
+		wireerr.Write(w, r, wireerr.New(code, codes.NotFound, wireerr.RouteNotFound, "nothing is served on this path.", "/docs lists every path."))
 	default:
 		wireerr.Write(w, r, status.Error(codes.InvalidArgument, "the path cannot be read; expected segments separated by single slashes."))
 	}
-}
-
-// NotFound is the error of a path that is not served.
-func NotFound(*http.Request) error {
-	return wireerr.New(http.StatusNotFound, codes.NotFound, wireerr.RouteNotFound, "nothing is served on this path.", "/docs lists every path.")
-}
-
-// NotAllowed is the error of a path that is served with other methods.
-func NotAllowed(*http.Request) error {
-	return wireerr.New(http.StatusMethodNotAllowed, codes.Unimplemented, wireerr.MethodNotAllowed,
-		"this path is not served with this method.", "/docs lists every path with its methods.")
 }
