@@ -8,6 +8,9 @@ import (
 	pb "understudy.dev/gen/understudy/v1"
 )
 
+// Of Sampling.n, by the proto.
+const mostAnswers = 16
+
 // samplingFields are what chat completions and completions have in common. Those after `logit_bias` are not OpenAI's; their names are vLLM's.
 type samplingFields struct {
 	Temperature       *float32           `json:"temperature"`
@@ -65,8 +68,8 @@ func (f samplingFields) sampling() (*pb.Sampling, error) {
 		found.MaxTokens = *f.MaxTokens
 	}
 	if f.N != nil {
-		if *f.N < 1 {
-			return nil, invalid("n", "n is %d; expected 1 or more.", *f.N)
+		if *f.N < 1 || *f.N > mostAnswers { // bounded here too: there is a place for each answer
+			return nil, invalid("n", "n is %d; expected 1 to %d.", *f.N, mostAnswers)
 		}
 		if *f.N > 1 { // unset means 1, and skills take none
 			found.N = *f.N

@@ -39,6 +39,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_p": 0}, "top_p"),
     (CHAT, {"n": 0}, "n"),
     (CHAT, {"n": 99}, "n"),
+    (CHAT, {"n": 2147483647, "stream": True}, "n"),
     (CHAT, {"n": 1.5}, "n"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
     (CHAT, {"max_completion_tokens": -3}, "max_completion_tokens"),
