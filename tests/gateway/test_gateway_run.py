@@ -37,7 +37,8 @@ def start(gateway_binary: Path, small_models: Path, tmp_path: Path) -> Iterator[
 
     yield begin
     for running in started:
-        running.kill()
+        if running.poll() is None:
+            running.terminate()  # not killed: it has children of its own
         assert running.stdout is not None
         running.stdout.close()
         running.wait()
