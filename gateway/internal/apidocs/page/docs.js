@@ -129,8 +129,7 @@ function curl({ url, options }) {
 }
 
 /** Reads an answer as it comes, so that streams show at once. */
-async function show(response, out, state) {
-  const began = performance.now();
+async function show(response, out, state, began) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
   let text = "";
@@ -140,7 +139,7 @@ async function show(response, out, state) {
     text += decoder.decode(value, { stream: true });
     if (text.length <= MAX_SHOWN) out.textContent = text;
   }
-  state.textContent = `${response.status} ${response.statusText} in ${Math.round(performance.now() - began)} ms after its headers`;
+  state.textContent = `${response.status} ${response.statusText} in ${Math.round(performance.now() - began)} ms`;
   if ((response.headers.get("content-type") || "").startsWith("application/json")) {
     try {
       text = pretty(JSON.parse(text));
@@ -178,7 +177,8 @@ function tryIt(path, verb, operation) {
     line.textContent = curl(asked);
     state.textContent = "Waiting…";
     try {
-      await show(await fetch(asked.url, asked.options), out, state);
+      const began = performance.now();
+      await show(await fetch(asked.url, asked.options), out, state, began);
     } catch (error) {
       state.textContent = "The request failed: " + error.message;
     }
