@@ -76,7 +76,7 @@ def take(browser: Browser, site: ConsoleSite, job: str) -> None:
             for seed in (901, 902, 903):
                 note = page.locator(".card", has=page.get_by_role("heading", name="Evidence")).locator(".card-head .note")
                 told = note.inner_text()
-                site.ask(20, seed=seed)
+                site.ask(40, seed=seed, batch=4)
                 expect(note).not_to_have_text(told)
         page.wait_for_timeout(500)  # meters move for a moment
         page.screenshot(path=OUT / f"{name}.png")
