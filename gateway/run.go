@@ -27,6 +27,7 @@ import (
 	"understudy.dev/gateway/internal/metrics"
 	"understudy.dev/gateway/internal/openai"
 	"understudy.dev/gateway/internal/paths"
+	"understudy.dev/gateway/internal/public"
 	"understudy.dev/gateway/internal/rest"
 	"understudy.dev/gateway/internal/upstream"
 	"understudy.dev/gateway/internal/web"
@@ -92,8 +93,19 @@ func (g *gateway) serve(signals <-chan os.Signal) error {
 	if err != nil {
 		return err
 	}
+	handler := http.Handler(g.edge)
+	open := make(chan error, 1)
+	if !g.config.AllowNoKeys && !public.Loopback(listener.Addr().String()) {
+		watch := &public.Watch{}
+		handler = watch.Wrap(handler)
+		go func() {
+			if err := watch.Run(root, g.pool); err != nil {
+				open <- err
+			}
+		}()
+	}
 	server := &http.Server{
-		Handler:                      g.edge,
+		Handler:                      handler,
 		ReadHeaderTimeout:            g.config.HeaderTimeout,
 		IdleTimeout:                  g.config.IdleTimeout,
 		MaxHeaderBytes:               g.config.MaxHeaderBytes,
@@ -124,6 +136,8 @@ func (g *gateway) serve(signals <-chan os.Signal) error {
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serving: %w", err)
+	case err := <-open:
+		return err
 	case got := <-signals:
 		g.log.Info("stopping", "signal", got.String(), "grace", g.config.Grace.String())
 	}

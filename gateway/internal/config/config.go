@@ -66,6 +66,8 @@ type Config struct {
 
 	// CORSOrigins are the origins that browsers may call from; "*" is any. Empty: CORS is off.
 	CORSOrigins []string
+	// AllowNoKeys serves others than this machine even where the server asks for no keys.
+	AllowNoKeys bool
 	// AccessLog writes one JSON line a request.
 	AccessLog bool
 }
@@ -123,6 +125,7 @@ func Parse(args []string, getenv func(string) (string, bool), usage io.Writer) (
 	set.DurationVar(&c.StreamHeaderDelay, "stream-header-delay", c.StreamHeaderDelay, "wait for a stream's first message before its headers are sent")
 	set.DurationVar(&c.Grace, "grace", c.Grace, "time for running requests after SIGTERM")
 	set.StringVar(&origins, "cors-origins", "", "origins that browsers may call from, by commas; * is any; empty: CORS is off")
+	set.BoolVar(&c.AllowNoKeys, "allow-no-keys", c.AllowNoKeys, "serve others than this machine though the server asks for no keys")
 	set.BoolVar(&c.AccessLog, "access-log", c.AccessLog, "write one JSON line a request")
 	set.DurationVar(&c.DrainDelay, "drain-delay", c.DrainDelay, "time after SIGTERM for which new requests are still taken, while /readyz says 503")
 	if err := fromEnvironment(set, getenv); err != nil {
