@@ -65,7 +65,7 @@ class Plan:
     quiet_s: float = 18.0
     nights: int = 1000  # so many; after those the next day begins as soon as the rows are Parquet
     train_budget_s: float = 120.0
-    method: str = "linear-head"  # a night of seconds; "auto" would go on to whole encoders, for minutes
+    method: str = "linear-head"  # a night of seconds; whole encoders take minutes
     rollout: str = "margin = 0.06"  # lines of [rollout]; 1,000 requests a day cannot show less of a difference soon
     nice: int = 10  # of the trainer: it shares the machine with the server
     instruction: str = "Say what the customer wants."
