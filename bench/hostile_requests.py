@@ -122,6 +122,8 @@ def empty(rng: random.Random, _target: Target) -> Case:
         "GetStatus",
         "GetStats",
         "GetBudget",
+        "GetTimeline",
+        "ListInteractions",
         "ServerLive",
         "ServerReady",
         "ServerMetadata",
