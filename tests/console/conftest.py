@@ -37,7 +37,7 @@ def locked(console_gateway: Path, small_models: Path, tmp_path: Path) -> Iterato
     running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as running:
         yield running
