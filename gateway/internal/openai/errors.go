@@ -104,6 +104,9 @@ func errorOfStatus(found *spb.Status) *apiError {
 			result.retryAfter = detail.GetRetryDelay().AsDuration()
 		}
 	}
+	if result.code == "" && codes.Code(found.GetCode()) == codes.DeadlineExceeded { // the gateway's own clock ran out first
+		result.code = "deadline_exceeded"
+	}
 	if result.code == "model_not_found" {
 		result.status, result.param = http.StatusNotFound, "model"
 	}

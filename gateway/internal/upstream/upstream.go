@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -80,11 +81,18 @@ func (p *Pool) Close() error {
 	return errors.Join(all...)
 }
 
+// pick takes the next connection in turn that is there; one that waits before it tries again would fail the call at once.
 func (p *Pool) pick() *grpc.ClientConn {
 	if len(p.conns) == 1 {
 		return p.conns[0]
 	}
-	return p.conns[int(p.next.Add(1)%uint32(len(p.conns)))]
+	turn := p.next.Add(1)
+	for step := range uint32(len(p.conns)) {
+		if conn := p.conns[(turn+step)%uint32(len(p.conns))]; conn.GetState() == connectivity.Ready {
+			return conn
+		}
+	}
+	return p.conns[turn%uint32(len(p.conns))]
 }
 
 func transport(c config.Config, log *slog.Logger) (credentials.TransportCredentials, error) {
