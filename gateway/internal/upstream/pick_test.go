@@ -27,7 +27,7 @@ func TestOneThatIsThereIsTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer there.Close() //nolint:errcheck // the test ends
+	defer there.Close()      //nolint:errcheck // the test ends
 	c.Server = "127.0.0.1:1" // nobody listens
 	gone, err := Dial(c, slog.Default())
 	if err != nil {
