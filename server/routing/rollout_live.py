@@ -24,6 +24,7 @@ from server.settings import RolloutConfig
 # teacher that errs disagrees now and then with the best student, and is not asked ten times for each of its errors.
 FALL, ENOUGH, BURST = 0.3, 0.6, 6
 _LEAST_DISAGREEMENT, _MOST_DISAGREEMENT = 0.02, 0.6
+_SURE = 0.8  # a quality from which on nobody calls an answer unsure
 # After a sign that something changed the teacher is asked beside this share of so many answers.
 SUSPICIOUS_SHARE, SUSPICIOUS_REQUESTS = 0.5, 150
 # Answers for which feedback is still taken up.
@@ -162,7 +163,7 @@ class Live:
         """After a comparison: what it says for a fall, and how many are to follow it at once. An answer that the student was not sure of
         says less where it was wrong.
         """
-        unsure = 0.0 if quality is None else 1.0 - quality
+        unsure = 0.0 if quality is None or quality >= _SURE else 1.0 - quality
         usual = min(max(1.0 - self.rollout.target, unsure, _LEAST_DISAGREEMENT), _MOST_DISAGREEMENT)
         fallen = min(usual + FALL, 0.95)
         against = log((1.0 - usual) / (1.0 - fallen))
