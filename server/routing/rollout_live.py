@@ -120,9 +120,11 @@ class Live:
             return 0.0
         if config.teacher_share <= 0 and not now.moving:
             return 0.0
+        usual = config.teacher_share
+        if now.paused:  # a person decides: asking more would be paid for nothing
+            return usual
         if self._burst > 0:
             return 1.0
-        usual = config.teacher_share
         if now.moving and now.percent < 80 and not now.champion:  # beside a champion, pairs tell
             usual = config.canary_share
         elif now.stage == machine.FULL and self.mine.requests < config.first_requests and not now.past.paired:

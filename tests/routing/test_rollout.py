@@ -126,6 +126,15 @@ def test_a_challenger_asks_the_teacher_no_oftener_than_a_champion() -> None:
     assert live.share() == live.config.canary_share
 
 
+def test_a_held_rollout_pays_for_no_more_than_its_usual_comparisons() -> None:
+    live = Live(RolloutConfig())
+    live.become(at_full("1"), 1)
+    live._burst = 5
+    assert live.share() == 1.0
+    live.become(machine.hold(live.rollout, "the teacher changed"), 2)
+    assert live.share() == live.config.teacher_share
+
+
 def test_a_champion_that_goes_bad_beside_its_challenger_goes() -> None:
     now = begun("2", at_full("1"))
     evidence = seen(40, 38)
