@@ -25,7 +25,7 @@ from understudy.v1 import (
     training_service_pb2,
 )
 
-_FILES = (
+FILES = (
     admin_service_pb2,
     ensemble_service_pb2,
     feedback_service_pb2,
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 def services() -> list[Any]:
     """The descriptors of all that asks for keys."""
-    return [service for file in _FILES for service in file.DESCRIPTOR.services_by_name.values()] + [OPEN_INFERENCE]
+    return [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()] + [OPEN_INFERENCE]
 
 
 def methods() -> list[MethodDescriptor]:

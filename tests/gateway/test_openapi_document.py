@@ -19,31 +19,12 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import ServiceDescriptor
 from openapi_spec_validator import validate
 
+from tests.api.auth_calls import FILES
 from tests.gateway_process import ROOT, GatewayProcess
-from understudy.v1 import (
-    admin_service_pb2,
-    auth_pb2,
-    ensemble_service_pb2,
-    feedback_service_pb2,
-    inference_service_pb2,
-    model_service_pb2,
-    skill_service_pb2,
-    stats_service_pb2,
-    training_service_pb2,
-)
+from understudy.v1 import auth_pb2
 
 FOLDER = ROOT / "gateway" / "openapi"
 DOCUMENT: dict[str, Any] = json.loads((FOLDER / "openapi.json").read_text())
-FILES = [
-    admin_service_pb2,
-    ensemble_service_pb2,
-    feedback_service_pb2,
-    inference_service_pb2,
-    model_service_pb2,
-    skill_service_pb2,
-    stats_service_pb2,
-    training_service_pb2,
-]
 SERVICES: dict[str, ServiceDescriptor] = {name: service for file in FILES for name, service in file.DESCRIPTOR.services_by_name.items()}
 
 
