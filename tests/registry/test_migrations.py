@@ -118,7 +118,11 @@ registry.close()
 """
     named: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen([sys.executable, "-c", script, empty_url, str(number)], **named) for number in range(5)]
-    ends = [(process.communicate("x")[1], process.returncode) for process in running]
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("x")
+        process.stdin.flush()
+    ends = [(process.communicate()[1], process.returncode) for process in running]
     assert [code for _, code in ends] == [0] * 5, ends
     assert differences(engine) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -28,6 +29,23 @@ def registry(url: str) -> Iterator[Registry]:
     opened = Registry(RegistryConfig(url=url))
     yield opened
     opened.close()
+
+
+def test_a_new_database_that_another_process_holds_is_waited_for(tmp_path: Path) -> None:
+    """The switch to write-ahead logging is the one statement that SQLite refuses at once, whatever the timeout."""
+    held = sqlite3.connect(tmp_path / "r.db", isolation_level=None, check_same_thread=False)
+    held.execute("BEGIN IMMEDIATE")
+    registry = Registry(RegistryConfig(url=f"sqlite:///{tmp_path}/r.db"))
+    opened: list[object] = []
+    thread = threading.Thread(target=lambda: opened.append(registry.engine()))
+    thread.start()
+    thread.join(1.0)
+    assert thread.is_alive(), "did not wait"
+    held.execute("ROLLBACK")
+    held.close()
+    thread.join(30.0)
+    assert opened
+    registry.close()
 
 
 def adapter(skill: str, version: str, job: str) -> Adapter:
