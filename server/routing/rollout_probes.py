@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.core import Call, Priority, Reply, Timings, Work
 from server.routing.candidates import Allowance, Answer, Brief, Candidate
 from server.routing.rollout_agreement import agrees
-from server.routing.rollout_watch import cause
+from server.routing.rollout_watch import cause, forgiven
 
-_KEPT = 16  # and so many answers of the teacher a question costs
+_KEPT = 32  # and so many answers of the teacher a question costs
+_NEWEST = 40  # comparisons that may be of changed times already: a change is found after some 30
+_ENOUGH = 8  # with fewer inputs that are old for certain, the oldest of the newest help out
 _VERSIONS = 4  # of each skill
 _LONGEST_S = 30.0
 _MOST_BYTES = 8192
@@ -27,9 +30,21 @@ class Probe:
     teacher: Reply
 
 
+@dataclass(slots=True)
+class _Kept:
+    """One student's. `newest` wait until so many others have been compared after them that nothing had changed yet when they were."""
+
+    drawn: list[Probe] = field(default_factory=list)
+    newest: deque[Probe] = field(default_factory=deque)
+    seen: int = 0  # that were drawn from
+
+    def asked(self) -> list[Probe]:
+        return self.drawn + list(self.newest)[: max(_ENOUGH - len(self.drawn), 0)]
+
+
 class Probes:
-    """Some for each student, drawn evenly from the answers that were compared first; in memory alone. `students` and `teacher` make
-    candidates, None where there is none.
+    """Some for each student, drawn evenly from the answers that were compared first, without the newest; in memory alone. `students` and
+    `teacher` make candidates, None where there is none.
     """
 
     def __init__(
@@ -38,36 +53,40 @@ class Probes:
         self._students = students
         self._teacher = teacher
         self._first = first  # so many compared answers are drawn from: later ones may be of changed times
-        self._kept: dict[tuple[str, str], list[Probe]] = {}
-        self._seen: dict[tuple[str, str], int] = {}
+        self._kept: dict[tuple[str, str], _Kept] = {}
         self._random = random.Random(0)
 
     def keep(self, skill: str, version: str, probe: Probe) -> None:
-        """Reservoir sampling (Vitter 1985)."""
+        """Reservoir sampling (Vitter 1985), delayed."""
         key = (skill, version)
-        seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if seen > self._first or len(probe.work.plain.encode()) > _MOST_BYTES:
-            return
         kept = self._kept.get(key)
         if kept is None:
             versions = [one for one in self._kept if one[0] == skill]
-            for old in versions[: max(len(versions) - _VERSIONS + 1, 0)]:
-                del self._kept[old], self._seen[old]
-            kept = self._kept[key] = []
-        if len(kept) < _KEPT:
-            kept.append(probe)
-        elif (place := self._random.randrange(seen)) < _KEPT:
-            kept[place] = probe
+            for one in versions[: max(len(versions) - _VERSIONS + 1, 0)]:
+                del self._kept[one]
+            kept = self._kept[key] = _Kept()
+        if kept.seen >= self._first or len(probe.work.plain.encode()) > _MOST_BYTES:
+            return
+        kept.newest.append(probe)
+        if len(kept.newest) <= _NEWEST:
+            return
+        old = kept.newest.popleft()
+        kept.seen += 1
+        if len(kept.drawn) < _KEPT:
+            kept.drawn.append(old)
+        elif (place := self._random.randrange(kept.seen)) < _KEPT:
+            kept.drawn[place] = old
 
     async def diagnose(self, brief: Brief, version: str, signs: Mapping[str, int]) -> str:
         """What changed, in words; see rollout_watch.cause."""
-        probes = list(self._kept.get((brief.skill.name, version), ()))
+        kept = self._kept.get((brief.skill.name, version))
+        probes = kept.asked() if kept is not None else []
         student, teacher = self._students(brief, version), self._teacher(brief)
         mine = await _ask(student, probes)
         same = sum(
             agrees(brief.skill.task, one.work.plain, mine[place].reply, one.mine) for place, one in enumerate(probes) if place in mine
         )
-        if student is not None and probes and len(probes) - same > max(1, len(probes) // 5):
+        if student is not None and probes and len(probes) - same > forgiven(len(probes)):
             return cause(same, len(probes), len(probes), signs)  # no need to pay for the teacher's answers
         theirs = await _ask(teacher, probes)
         places = [place for place in range(len(probes)) if place in mine and place in theirs]
