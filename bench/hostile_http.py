@@ -121,7 +121,7 @@ def judge(case: Case, answer: bytes | None) -> tuple[str, str]:
 def request(method: str, target: str, headers: str = "", body: bytes = b"", *, length: bool = True) -> bytes:
     """One request as bytes; `headers` are lines that end with CRLF."""
     size = f"Content-Length: {len(body)}\r\n" if length and body else ""
-    return f"{method} {target} HTTP/1.1\r\nHost: gateway\r\n{headers}{size}\r\n".encode("latin-1") + body
+    return f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n{headers}{size}\r\n".encode("latin-1") + body
 
 
 def cases(seed: int) -> Iterator[Case]:
@@ -135,7 +135,7 @@ def cases(seed: int) -> Iterator[Case]:
 
 def smuggling(rng: random.Random) -> Iterator[Case]:
     """Two readers of these would disagree on where the first request ends."""
-    hidden = f"GET /v1/models/{MARK}/versions/1 HTTP/1.1\r\nHost: gateway\r\n\r\n".encode()
+    hidden = f"GET /v1/models/{MARK}/versions/1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     encodings = [
         "Transfer-Encoding: chunked",
         "Transfer-Encoding: chunked, identity",
@@ -169,7 +169,7 @@ def smuggling(rng: random.Random) -> Iterator[Case]:
             request("POST", EMBED, f"{JSON}Content-Length: {one}\r\nContent-Length: {other}\r\n", b"{}\r\n" + hidden, length=False),
         )
     for length in ("-1", "+5", "0x10", "1e3", "5, 6", "5 6", "", " ", "99999999999999999999", "5;", "5\x00", "٣"):
-        head = f"POST {EMBED} HTTP/1.1\r\nHost: gateway\r\n{JSON}Content-Length: {length}\r\n\r\n".encode()
+        head = f"POST {EMBED} HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {length}\r\n\r\n".encode()
         yield Case("bad content-length", head + b'{"x"' + hidden)
     for claimed in (b"-1", b"0x5", b"5 ;", b"FFFFFFFFFFFFFFFFF", b"zz", b"", b"5\n", b"1" * 40):
         body = claimed + b"\r\nhello\r\n0\r\n\r\n" + hidden
@@ -199,11 +199,11 @@ def oversized(rng: random.Random) -> Iterator[Case]:
 def slow(_: random.Random) -> Iterator[Case]:
     """Senders that never end. The gateway's own timeouts end them: short ones are set where this is run in tests."""
     for _unused in range(12):
-        yield Case("slow headers", b"GET /v1/status HTTP/1.1\r\nHost: gateway\r\nX-A: b\r\n")
+        yield Case("slow headers", b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n")
         yield Case("slow headers", b"GET /v1/sta")
         yield Case("slow body", request("POST", EMBED, f"{JSON}Content-Length: 100\r\n", b'{"te', length=False))
         yield Case("slow chunks", request("POST", EMBED, f"{JSON}Transfer-Encoding: chunked\r\n", b'5\r\n{"tex\r\n', length=False))
-    yield Case("drop by drop", b"GET /v1/absent HTTP/1.1\r\nHost: gateway\r\n\r\n", piece=3, pause_s=0.01)
+    yield Case("drop by drop", b"GET /v1/absent HTTP/1.1\r\nHost: localhost\r\n\r\n", piece=3, pause_s=0.01)
 
 
 def bodies(rng: random.Random) -> Iterator[Case]:

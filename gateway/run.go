@@ -82,8 +82,8 @@ func build(c config.Config, logger *slog.Logger) (*gateway, error) {
 	web.Register(routes)
 	g := &gateway{config: c, log: logger, pool: pool, checker: health.New(pool), metrics: metrics.New()}
 	g.checker.Register(routes)
-	g.edge = edge.New(routes, c, g.metrics, logger)
-	return g, nil
+	g.edge, err = edge.New(routes, c, g.metrics, logger)
+	return g, err
 }
 
 func (g *gateway) serve(signals <-chan os.Signal) error {
@@ -93,11 +93,10 @@ func (g *gateway) serve(signals <-chan os.Signal) error {
 	if err != nil {
 		return err
 	}
-	handler := http.Handler(g.edge)
 	open := make(chan error, 1)
-	if !g.config.AllowNoKeys && !public.Loopback(listener.Addr().String()) {
-		watch := &public.Watch{}
-		handler = watch.Wrap(handler)
+	if !g.config.AllowNoKeys {
+		watch := &public.Watch{Loopback: public.Loopback(listener.Addr().String()), Hosts: g.config.Hosts}
+		g.edge.Gate = watch.Check
 		go func() {
 			if err := watch.Run(root, g.pool); err != nil {
 				open <- err
@@ -105,7 +104,7 @@ func (g *gateway) serve(signals <-chan os.Signal) error {
 		}()
 	}
 	server := &http.Server{
-		Handler:                      handler,
+		Handler:                      g.edge,
 		ReadHeaderTimeout:            g.config.HeaderTimeout,
 		IdleTimeout:                  g.config.IdleTimeout,
 		MaxHeaderBytes:               g.config.MaxHeaderBytes,

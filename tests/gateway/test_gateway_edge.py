@@ -104,10 +104,10 @@ def test_slow_senders_are_ended(start_gateway: StartGateway, server: ServerProce
     gateway = start_gateway(server.address, "--header-timeout=200ms", "--body-timeout=200ms")
     host, _, port = gateway.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=20) as slow:
-        slow.sendall(b"GET /v1/status HTTP/1.1\r\nHost: a\r\n")
+        slow.sendall(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n")
         assert slow.recv(1000) == b""
     with socket.create_connection((host, int(port)), timeout=20) as slow:
-        slow.sendall(b"POST /v1/inference:embed HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        slow.sendall(b"POST /v1/inference:embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
         while slow.recv(1000):
             pass  # and the connection ends
@@ -144,6 +144,34 @@ def test_cors_is_off_unless_configured(start_gateway: StartGateway, server: Serv
     foreign = {**asks, "origin": "https://evil.example"}
     assert httpx.options(f"{gateway.url}/v1/status", headers=foreign).status_code == 403
     assert "access-control-allow-origin" not in httpx.get(f"{gateway.url}/v1/status", headers=foreign).headers
+
+
+CROSS = ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"origin": "null"})
+OWN = ({}, {"sec-fetch-site": "same-origin"}, {"origin": "https://app.example"}, {"sec-fetch-site": "none"})
+
+
+def test_pages_of_other_origins_change_nothing(start_gateway: StartGateway, server: ServerProcess) -> None:
+    """A browser sends what a foreign page wants sent, without asking first where it looks like a form's; it needs no answer to do harm."""
+    gateway = start_gateway(server.address, "--cors-origins=https://app.example")
+    for headers in CROSS:
+        for path in ("/v1/inference:embed", "/models/load", "/v1/chat/completions", "/v1/skills/x/rollout:rollback"):
+            refused = httpx.post(f"{gateway.url}{path}", content=json.dumps(EMBED), headers=headers)
+            assert refused.status_code == 403 and "FOREIGN_ORIGIN" in refused.text, (headers, path, refused.text)
+        assert httpx.get(f"{gateway.url}/v1/status", headers=headers).status_code == 200  # reads, whose answer the page does not get
+    for headers in (*OWN, {"origin": gateway.url}):
+        assert httpx.post(f"{gateway.url}/v1/inference:embed", json=EMBED, headers=headers).status_code == 200, headers
+
+
+def test_a_page_whose_name_came_to_mean_this_machine_gets_nothing(start_gateway: StartGateway, server: ServerProcess) -> None:
+    gateway = start_gateway(server.address, "--hosts=gateway.example")
+    port = gateway.url.rpartition(":")[2]
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", "gateway.example"):
+        assert httpx.get(f"{gateway.url}/v1/status", headers={"host": host}).status_code == 200, host
+    refused = httpx.get(f"{gateway.url}/v1/status", headers={"host": f"evil.example:{port}"})
+    while refused.status_code == 503:  # it does not know yet that the server asks for no keys
+        refused = httpx.get(f"{gateway.url}/v1/status", headers={"host": f"evil.example:{port}"})
+    assert refused.status_code == 421 and reason(refused) == "HOST_NOT_KNOWN"
+    assert httpx.get(f"{gateway.url}/healthz", headers={"host": "evil.example"}).status_code == 200
 
 
 def test_metrics_have_no_labels_that_callers_make_up(start_gateway: StartGateway, server: ServerProcess) -> None:

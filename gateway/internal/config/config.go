@@ -66,6 +66,8 @@ type Config struct {
 
 	// CORSOrigins are the origins that browsers may call from; "*" is any. Empty: CORS is off.
 	CORSOrigins []string
+	// Hosts are the names besides this machine's own that a gateway on loopback is called by while the server asks for no keys.
+	Hosts []string
 	// AllowNoKeys serves others than this machine even where the server asks for no keys.
 	AllowNoKeys bool
 	// AccessLog writes one JSON line a request.
@@ -100,7 +102,7 @@ func Parse(args []string, getenv func(string) (string, bool), usage io.Writer) (
 	c := Default()
 	set := flag.NewFlagSet("understudy-gateway", flag.ContinueOnError)
 	set.SetOutput(usage)
-	origins := ""
+	origins, hosts := "", ""
 	set.StringVar(&c.Server, "server", c.Server, "address of the gRPC server")
 	set.BoolVar(&c.ServerTLS, "server-tls", c.ServerTLS, "call the server over TLS")
 	set.StringVar(&c.ServerCA, "server-ca", c.ServerCA, "PEM file: certificates that the server's is checked with")
@@ -125,6 +127,7 @@ func Parse(args []string, getenv func(string) (string, bool), usage io.Writer) (
 	set.DurationVar(&c.StreamHeaderDelay, "stream-header-delay", c.StreamHeaderDelay, "wait for a stream's first message before its headers are sent")
 	set.DurationVar(&c.Grace, "grace", c.Grace, "time for running requests after SIGTERM")
 	set.StringVar(&origins, "cors-origins", "", "origins that browsers may call from, by commas; * is any; empty: CORS is off")
+	set.StringVar(&hosts, "hosts", "", "names, by commas, that a gateway on loopback is called by besides localhost while the server asks for no keys")
 	set.BoolVar(&c.AllowNoKeys, "allow-no-keys", c.AllowNoKeys, "serve others than this machine though the server asks for no keys")
 	set.BoolVar(&c.AccessLog, "access-log", c.AccessLog, "write one JSON line a request")
 	set.DurationVar(&c.DrainDelay, "drain-delay", c.DrainDelay, "time after SIGTERM for which new requests are still taken, while /readyz says 503")
@@ -137,12 +140,18 @@ func Parse(args []string, getenv func(string) (string, bool), usage io.Writer) (
 	if set.NArg() > 0 {
 		return Config{}, fmt.Errorf("unexpected argument %q; expected flags alone, see --help", set.Arg(0))
 	}
-	for _, origin := range strings.Split(origins, ",") {
-		if origin = strings.TrimSpace(origin); origin != "" {
-			c.CORSOrigins = append(c.CORSOrigins, origin)
+	c.CORSOrigins, c.Hosts = listed(origins), listed(hosts)
+	return c, c.check()
+}
+
+func listed(text string) []string {
+	var found []string
+	for _, one := range strings.Split(text, ",") {
+		if one = strings.TrimSpace(one); one != "" {
+			found = append(found, one)
 		}
 	}
-	return c, c.check()
+	return found
 }
 
 func fromEnvironment(set *flag.FlagSet, getenv func(string) (string, bool)) error {

@@ -1,6 +1,7 @@
 package edge
 
 import (
+	"fmt"
 	"net/http"
 	"regexp"
 	"slices"
@@ -22,12 +23,32 @@ var headerNames = regexp.MustCompile(`^[A-Za-z0-9, -]{1,1000}$`)
 
 // cors lets pages of some origins call. Cookies are never used, so that credentials are not allowed.
 type cors struct {
-	any     bool
-	origins []string
+	any       bool
+	origins   []string
+	protected *http.CrossOriginProtection
 }
 
-func newCORS(origins []string) *cors {
-	return &cors{any: slices.Contains(origins, "*"), origins: origins}
+func newCORS(origins []string) (*cors, error) {
+	c := &cors{any: slices.Contains(origins, "*"), origins: origins, protected: http.NewCrossOriginProtection()}
+	for _, origin := range origins {
+		if origin == "*" {
+			continue
+		}
+		if err := c.protected.AddTrustedOrigin(origin); err != nil {
+			return nil, fmt.Errorf("--cors-origins: %q is no origin; expected scheme://host or scheme://host:port: %w", origin, err)
+		}
+	}
+	return c, nil
+}
+
+// check refuses what changes something and is sent by a page of another origin: whatever CORS says, a browser sends such requests, and
+// only keeps their answers from the page.
+func (c *cors) check(r *http.Request) error {
+	if c.any || c.protected.Check(r) == nil {
+		return nil
+	}
+	return wireerr.New(http.StatusForbidden, codes.PermissionDenied, wireerr.ForeignOrigin,
+		"a page of another origin may not send this.", "Name the page's origin in --cors-origins.")
 }
 
 // handle sets the headers of an allowed origin, and returns true where it has answered: a preflight request.

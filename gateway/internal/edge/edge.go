@@ -26,6 +26,8 @@ const requestIDHeader = "X-Request-Id"
 
 // Edge wraps the routes. It is safe for concurrent use.
 type Edge struct {
+	// Gate says why a request may not pass, whatever it asks for; nil: all may. To be set before the first.
+	Gate     func(*http.Request) error
 	routes   *http.ServeMux
 	config   config.Config
 	metrics  *metrics.Metrics
@@ -39,13 +41,17 @@ type Edge struct {
 }
 
 // New wraps routes. log takes the access lines, where the configuration asks for them, and what only an operator can mend.
-func New(routes *http.ServeMux, c config.Config, m *metrics.Metrics, log *slog.Logger) *Edge {
+func New(routes *http.ServeMux, c config.Config, m *metrics.Metrics, log *slog.Logger) (*Edge, error) {
 	random := make([]byte, 6)
 	_, _ = rand.Read(random) // never fails
-	return &Edge{
-		routes: routes, config: c, metrics: m, log: log, cors: newCORS(c.CORSOrigins), prefix: hex.EncodeToString(random) + "-",
-		idle: sync.Cond{L: &sync.Mutex{}},
+	pages, err := newCORS(c.CORSOrigins)
+	if err != nil {
+		return nil, err
 	}
+	return &Edge{
+		routes: routes, config: c, metrics: m, log: log, cors: pages, prefix: hex.EncodeToString(random) + "-",
+		idle: sync.Cond{L: &sync.Mutex{}},
+	}, nil
 }
 
 // story is what is known of a request at its end.
@@ -131,7 +137,17 @@ func (e *Edge) serve(w *writer, r *http.Request) int64 {
 	if !probe {
 		defer e.leave()
 	}
+	if e.Gate != nil {
+		if err := e.Gate(r); err != nil {
+			wireerr.Write(w, r, err)
+			return 0
+		}
+	}
 	if e.cors.handle(w, r) {
+		return 0
+	}
+	if err := e.cors.check(r); err != nil {
+		wireerr.Write(w, r, err)
 		return 0
 	}
 	received, err := e.readBody(w, r)

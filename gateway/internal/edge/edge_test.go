@@ -19,7 +19,10 @@ import (
 func serve(t *testing.T, log io.Writer, routes *http.ServeMux) (*Edge, *httptest.Server) {
 	t.Helper()
 	c := config.Default()
-	e := New(routes, c, metrics.New(), slog.New(slog.NewJSONHandler(log, nil)))
+	e, err := New(routes, c, metrics.New(), slog.New(slog.NewJSONHandler(log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	server := httptest.NewUnstartedServer(e)
 	server.Listener = Listener(server.Listener)
 	server.Start()

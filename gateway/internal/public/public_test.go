@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"understudy.dev/gateway/internal/wireerr"
 	pb "understudy.dev/gen/understudy/v1"
 )
 
@@ -69,8 +70,13 @@ func TestNobodyPassesBeforeItIsKnown(t *testing.T) {
 	}
 }
 
-func ask(w *Watch, path string) int {
-	answer := httptest.NewRecorder()
-	w.Wrap(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, path, nil))
-	return answer.Code
+func ask(w *Watch, path string) int { return askAs(w, "example.com", path) }
+
+func askAs(w *Watch, host, path string) int {
+	request := httptest.NewRequest(http.MethodGet, path, nil)
+	request.Host = host
+	if err := w.Check(request); err != nil {
+		return wireerr.From(err).Code
+	}
+	return http.StatusOK
 }

@@ -47,6 +47,8 @@ const (
 	GatewayOverloaded   = "OVERLOADED"
 	RequestTooLarge     = "REQUEST_TOO_LARGE"
 	ServerNotReachable  = "SERVER_NOT_REACHABLE"
+	HostNotKnown        = "HOST_NOT_KNOWN"
+	ForeignOrigin       = "FOREIGN_ORIGIN"
 	domain              = "understudy.dev"
 	statusClientGone    = 499
 	defaultUnavailableS = 1
