@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from server.errors import AdapterNotFound
+from server.core import FloatArray
+from server.errors import AdapterNotFound, ModelRejected
 from server.runtime.adapters import AdapterStore
-from server.runtime.heads import Base, Features, HeadSpec, write_linear_head
+from server.runtime.heads import Base, Features, HeadSpec, LinearHead, write_linear_head
+from server.runtime.verify import entry_of
 
 
 def publish(root: Path, skill: str, version: int, *, base: str = "a" * 64, name: str | None = None) -> Path:
@@ -55,6 +59,44 @@ def test_the_newest_good_version_serves(tmp_path: Path) -> None:
     store.refresh()
     assert store.current("intent") is None
     assert heard == [("intent", "1"), ("intent", "10"), ("intent", "9"), ("intent", None)]
+
+
+def sharp(folder: Path, temperature: float, seed: int) -> FloatArray:
+    """A head of 77 labels as a cosine classifier has it: large logits, at a temperature that makes them larger."""
+    spec = HeadSpec(
+        name="intent",
+        version="1",
+        base=Base(name="minilm", version="1", sha256="a" * 64),
+        features=Features(pooling="mean", normalize=True, size=384),
+        labels=[f"label {number}" for number in range(77)],
+        temperature=temperature,
+    )
+    weight = np.random.default_rng(seed).standard_normal((77, 384)).astype(np.float32)
+    weight *= 20.0 / np.linalg.norm(weight, axis=1, keepdims=True)
+    write_linear_head(folder, spec, weight, np.zeros(77, np.float32))
+    return weight
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0])
+def test_a_sharp_head_is_no_broken_head(tmp_path: Path, temperature: float) -> None:
+    """float32 sums differ with their order; what decides is whether they differ by more than that."""
+    for seed in range(12):
+        sharp(tmp_path / str(seed), temperature, seed)
+        LinearHead.load(tmp_path / str(seed), base_sha256=None)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_a_graph_of_other_weights_is_refused(tmp_path: Path, temperature: float) -> None:
+    weight = sharp(tmp_path / "one", temperature, 1)
+    sharp(tmp_path / "two", temperature, 1)
+    files = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    weight[3] *= 1.05
+    save_file({"weight": weight, "bias": np.zeros(77, np.float32)}, tmp_path / "two" / "adapter.safetensors")
+    entry = entry_of(tmp_path / "two" / "adapter.safetensors")
+    files["files"]["adapter.safetensors"] = entry.model_dump()
+    (tmp_path / "two" / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(ModelRejected, match="differ by"):
+        LinearHead.load(tmp_path / "two", base_sha256=None)
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "name", "link"])
