@@ -170,11 +170,13 @@ def promote(now: Rollout, seen: Evidence, reason: str) -> Rollout:
     return replace(after, champion="", former=former[:_KEPT_CHAMPIONS])
 
 
-def roll_back(now: Rollout, reason: str) -> Rollout:
-    """The student goes; the champion goes on at full, or one that was before it, or else the teacher alone."""
+def roll_back(now: Rollout, reason: str, *, changed_inputs: bool = False) -> Rollout:
+    """The student goes; the champion goes on at full, or one that was before it, or else the teacher alone. Students of before have not
+    seen changed inputs either, so that the teacher answers those.
+    """
     assert now.student and now.stage not in (HELD, ROLLED_BACK), f"nobody answers in stage {now.stage}"
     refused = (*(one for one in now.refused if one != now.student), now.student)[-_MOST_REFUSED:]
-    back = now.champion or next((one for one in now.former if one not in refused), "")
+    back = now.champion or next((one for one in now.former if one not in refused and not changed_inputs), "")
     former = tuple(one for one in now.former if one not in (back, now.student))
     after = replace(_next(now, ROLLED_BACK, 0, reason), champion="", former=former, refused=refused, paused=False)
     if not back:

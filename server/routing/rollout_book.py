@@ -24,7 +24,7 @@ from server.routing import rollout as machine
 from server.routing.rollout import AUTO, Rollout, Verdict
 from server.routing.rollout_evidence import Evidence, total
 from server.routing.rollout_live import Live, Seen
-from server.routing.rollout_watch import AGREEMENT, TEACHER_CHANGED, WORDS
+from server.routing.rollout_watch import AGREEMENT, INPUTS_CHANGED, TEACHER_CHANGED, WORDS
 from server.routing.skills import Skill, SkillBook, Standing, Student, Students, student_of
 from server.settings import RolloutConfig
 
@@ -292,7 +292,8 @@ class RolloutBook:
         why = f"{live.suspended}; {live.cause}" if live.cause else live.suspended
         if live.cause.startswith(TEACHER_CHANGED):
             return self._change(name, machine.hold(live.rollout, f"held: {why}"), AUTO, f"held: {why}", live.seen())
-        return self._change(name, machine.roll_back(live.rollout, why), AUTO, why, live.seen())
+        after = machine.roll_back(live.rollout, why, changed_inputs=live.cause.startswith(INPUTS_CHANGED))
+        return self._change(name, after, AUTO, why, live.seen())
 
     def _newest(self, name: str, now: Rollout, compared: int) -> Student | None:
         """The newest version that may answer, where it is newer than all that were there. It waits while another is in its canary: else

@@ -18,7 +18,7 @@ _LEAST_REFERENCE, _LEAST_THUMBS = 100, 20
 _THUMBS_BLOCK, _MOST_THUMBS_BLOCKS = 5, 40
 _USUAL_DOWN = 0.25  # share of thumbs down that is usual where nothing is known: some people press the wrong one
 LABELS, QUALITY, THUMBS, AGREEMENT = "labels", "quality", "thumbs", "agreement"
-TEACHER_CHANGED = "the teacher changed"
+TEACHER_CHANGED, INPUTS_CHANGED = "the teacher changed", "inputs changed"
 WORDS = {
     AGREEMENT: "the student agrees with its teacher less than was promised, or its answers fail",
     LABELS: "what the student answers is distributed otherwise than before",
@@ -131,11 +131,11 @@ def cause(student_same: int, teacher_same: int, asked: int, signs: Mapping[str, 
     """What changed, from old inputs that were asked again: how many of `asked` the student and the teacher answered as they did before."""
     if asked < 4:
         return (
-            "inputs changed, or one of both did: there are no old inputs to ask again" if signs else "unknown: no old inputs to ask again"
+            "inputs, student or teacher changed: there are no old inputs to ask again" if signs else "unknown: no old inputs to ask again"
         )
     allowed = forgiven(asked)
     if asked - student_same > allowed:
         return f"the student changed: it answers {asked - student_same} of {asked} old inputs otherwise than before"
     if asked - teacher_same > allowed:
         return f"{TEACHER_CHANGED}: it answers {asked - teacher_same} of {asked} old inputs otherwise than before"
-    return f"inputs changed: student and teacher answer {student_same} and {teacher_same} of {asked} old inputs as before"
+    return f"{INPUTS_CHANGED}: student and teacher answer {student_same} and {teacher_same} of {asked} old inputs as before"

@@ -75,6 +75,14 @@ def test_back_to_the_champion_then_to_the_one_before_then_to_the_teacher() -> No
     assert (alone.stage, alone.serving, alone.refused) == ("rolled_back", "", ("2", "1"))
 
 
+def test_other_inputs_are_the_champions_or_the_teachers_and_no_former_students() -> None:
+    second = replace(at_full("1"), student="2", former=("1",))
+    after = machine.roll_back(second, "inputs changed", changed_inputs=True)
+    assert (after.stage, after.serving, after.refused, after.former) == ("rolled_back", "", ("2",), ("1",))
+    challenger = machine.promote(begun("2", at_full("1")), seen(100, 92), "good")
+    assert machine.roll_back(challenger, "inputs changed", changed_inputs=True).serving == "1"
+
+
 @pytest.mark.parametrize(
     ("compared", "agreed", "step", "words"),
     [
