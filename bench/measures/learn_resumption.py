@@ -55,6 +55,8 @@ def _measure(case: Case, rng: random.Random) -> dict[str, Any]:
         before = files(new / "models")
         whole = _run(new, Path(folder), case, before, None)
         steps = sum(name.endswith("/loss") for name, _, _ in whole["curve"])
+        if not steps:
+            return part(case.name, "each ends as the undisturbed run", whole["state"], False, error=whole["error"])
         runs: list[dict[str, Any]] = []
         while len(runs) < KILLS:
             run = _run(new, Path(folder), case, before, rng.randint(2, max(3, steps - 2)))
@@ -85,7 +87,7 @@ def _run(new: Path, folder: Path, case: Case, before: set[Path], kill: int | Non
     killed_at = None
     if kill is not None:
         points = place / "training" / job / "points.jsonl"
-        if kill_at(TrainerProcess(place), points, kill) and store.get(job).state == "running":
+        if kill_at(TrainerProcess(place), points, kill, lambda: store.get(job).ended) and store.get(job).state == "running":
             killed_at = kill
     finish(place, store, job)
     found: Job = store.get(job)
@@ -115,4 +117,4 @@ def _writing(folder: Path) -> None:
     bases.write_base(folder / "checkpoint")
     bases.add_base(folder / "models", folder / "checkpoint")
     bases.site(folder, folder / "models", folder / "checkpoint")
-    bases.fill(folder / "lake", bases.texts(_ROWS // 3, 1))
+    bases.fill(folder / "lake", bases.texts(400, 1))

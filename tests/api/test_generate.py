@@ -89,6 +89,8 @@ def test_tool_calls_leave_the_text(client: Client) -> None:
     ):
         assert (text, finish) == (scripted.ANSWER, "tool_calls")
         assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", {"city": "Oslo"})]
+    kept = client.generate_text(messages=TALK, tools=[TOOL], tool_choice="none", **GREEDY).answers[0]
+    assert (kept.tool_calls, kept.finish_reason) == ((), "stop")
     call = whole.tool_calls[0]
     again = [*TALK, {"role": "assistant", "content": whole.text, "tool_calls": [call]}]
     again.append({"role": "tool", "content": '{"celsius": 3}', "tool_call_id": call.id, "name": "weather"})

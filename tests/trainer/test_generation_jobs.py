@@ -23,7 +23,7 @@ from server.runtime.repository import Repository
 from tests.trainer.generation_bases import BASE, add_base, fill, job, site, texts, write_base
 from trainer.context import JobContext
 from trainer.curate.rows import Row, is_held_out
-from trainer.generation import export, proof
+from trainer.generation import export, proof, tune
 from trainer.generation.base import load_torch, open_base
 from trainer.generation.dataset import rows_of_job
 from trainer.generation.material import Material, Opinion, Pair, gather
@@ -133,7 +133,11 @@ class Died(BaseException):
     """As far as a test's process can die."""
 
 
-def test_a_killed_training_ends_as_if_nothing_had_been(bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [1, 3])
+def test_a_killed_training_ends_as_if_nothing_had_been(bases: Path, tmp_path: Path, apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of a curve that are `apart` steps from each other are means over those: half of one must not be lost."""
+    arguments = tune.arguments
+    monkeypatch.setattr(tune, "arguments", lambda *given, **more: arguments(*given, **more, logging_steps=apart))
     config = place(bases, tmp_path)
     base = open_base(config, "kind", tmp_path / "scratch")
     _, material = material_of(config)
@@ -155,12 +159,13 @@ def test_a_killed_training_ends_as_if_nothing_had_been(bases: Path, tmp_path: Pa
 
     whole, weights = run(tmp_path / "whole", 0, 1e9)
     last = max(step for _, step in whole)
-    die = random.randrange(4, last - 2)
+    die = random.randrange(4, last - 4)
+    die += apart > 1 and die % apart == 1  # the step before is no point
     before, _ = run(tmp_path / "killed", die, 0.0)
     checkpoints = tmp_path / "killed" / "lora" / "checkpoints"
     (checkpoints / f"checkpoint-{last}").mkdir()  # one that was being written
     after, resumed = run(tmp_path / "killed", 0, 1e9)
-    assert min(step for _, step in after) >= die - 1, "it went on, and did not begin again"
+    assert min(step for _, step in after) >= die - apart, "it went on, and did not begin again"
     assert before | after == whole
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from server.registry.jobs import JobStore
@@ -108,13 +109,16 @@ def curve(store: JobStore, job: str) -> list[tuple[str, int, float]]:
     return [(point.name, point.step, point.value) for point in store.metrics(job)]
 
 
-def kill_at(trainer: TrainerProcess, points: Path, step: int) -> bool:
-    """Kills a trainer once its job's file of points has so many losses; False where the job ended before."""
+def kill_at(trainer: TrainerProcess, points: Path, step: int, ended: Callable[[], bool] = lambda: False) -> bool:
+    """Kills a trainer once its job's file of points has so many losses; False where the trainer, or the job by `ended`, ended before."""
     while trainer.process.poll() is None:
         told = points.read_text() if points.exists() else ""
         if told.count('/loss"') >= step:
             trainer.kill()
             return True
+        if ended():
+            trainer.stop()
+            return False
         time.sleep(0.002)  # between looks at a file: nobody tells us of its growth
     trainer.wait()
     return False

@@ -18,6 +18,7 @@ from trainer.generation.watch import BEST, Watch, last_checkpoint
 STAGE = "fine-tune"
 _LOOKS = 12  # at the watched rows, over the whole training
 _LOGS = 100
+_MOST_BETWEEN = 10  # steps between points of the curve: checkpoints are written at those alone
 
 
 @dataclass(slots=True, frozen=True)
@@ -77,7 +78,7 @@ def arguments(recipe: Recipe, folder: Path, steps: int, kind: Any = None, **more
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "logging_strategy": "steps",
-        "logging_steps": max(1, steps // _LOGS),
+        "logging_steps": min(max(1, steps // _LOGS), _MOST_BETWEEN),
         "eval_strategy": "steps",
         "eval_steps": max(1, steps // _LOOKS),
         "save_strategy": "no",

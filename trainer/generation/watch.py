@@ -57,7 +57,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.context.left_s() < self.reserve_s:
             self.stopped = f"the time budget ended at step {state.global_step} of {state.max_steps}"
             control.should_training_stop = True
-        if time.monotonic() - self._saved >= self.context.checkpoint_s and state.global_step < state.max_steps:
+        due = time.monotonic() - self._saved >= self.context.checkpoint_s and state.global_step < state.max_steps
+        # At a point of the curve: it is a mean since the point before, and no checkpoint has what has been added up since.
+        if due and state.global_step % args.logging_steps == 0:
             control.should_save = True
         return control
 

@@ -98,6 +98,7 @@ def _fill(request: R, inputs: tuple[str | None, Messages | None, Sequence[int] |
     request.adapter = options.pop("adapter", "")
     request.priority = _choice("priority", options.pop("priority", ""), _PRIORITIES)
     request.tools.extend(_tool(one) for one in options.pop("tools", ()))
+    request.tool_choice = options.pop("tool_choice", "")
     sampling = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
     if "stop" in sampling:
         sampling["stop"] = _texts(sampling["stop"])

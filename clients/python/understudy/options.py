@@ -105,10 +105,12 @@ class RouteOptions(CallOptions, total=False):
 class RunOptions(RouteOptions, total=False):
     """`instruction`: what is to be done, in plain words, in place of a skill's name. `labels`: classes to choose from, where the skill has
     none of its own. `parameters`: the task's, for example {"target_language": "fr"}. `max_latency_s`: candidates that are expected to take
-    longer are passed over. `return_errors`: items that failed are left in the results instead of raising ItemErrors.
+    longer are passed over. `model`: a provider's model, as "provider/model", that is to answer instead of the skill's own candidates.
+    `return_errors`: items that failed are left in the results instead of raising ItemErrors.
     """
 
     instruction: str
+    model: str
     labels: Sequence[str]
     parameters: Mapping[str, str]
     max_latency_s: float
@@ -123,7 +125,8 @@ class GenerateOptions(RouteOptions, total=False):
     `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias` (token id to bias), `seed`, `n`, `best_of`. An answer ends
     at `max_tokens`, at a text of `stop`, at `stop_token_ids`, or at the model's own stop tokens unless `ignore_eos`.
     Its form is bound by one of `json_schema` (a dict, or JSON text), `json_object`, `regex`, `choice`, `grammar` (Lark).
-    `tools`: functions as OpenAI describes them. `return_token_ids`, `logprobs`, `top_logprobs`: tokens beside the text.
+    `tools`: functions as OpenAI describes them; `tool_choice`: "auto" (as without it), "none", "required", or the name of one that must be
+    called. `return_token_ids`, `logprobs`, `top_logprobs`: tokens beside the text.
     `skill`: answers by its route instead of one model; takes a prompt or messages, and `max_tokens`, `temperature`, `tools`, `json_schema`.
     """
 
@@ -133,6 +136,7 @@ class GenerateOptions(RouteOptions, total=False):
     adapter: str
     priority: Priority
     tools: Sequence[Mapping[str, Any]]
+    tool_choice: str
     temperature: float
     top_k: int
     top_p: float

@@ -95,6 +95,7 @@ def run_request(skill: str, inputs: Sequence[convert.RunInput], options: dict[st
         instruction=options.pop("instruction", ""),
         labels=_texts(options.pop("labels", ())),
         parameters=options.pop("parameters", {}),
+        model=options.pop("model", ""),
         priority=_choice("priority", options.pop("priority", ""), _PRIORITIES),
     )
     set_limits(request, options)

@@ -95,6 +95,13 @@ def test_limits_reach_the_route(client: Client) -> None:
         client.run("intent", ["a"], labels="card")
 
 
+def test_a_providers_model_is_named(client: Client) -> None:
+    (answer,) = client.run("intent", ["Where is my card?"], model="loop/other")
+    assert (answer.candidate, answer.text) == ("loop/other", "card")
+    with pytest.raises(errors.UnderstudyError, match="nowhere"):
+        client.run("intent", ["Where is my card?"], model="nowhere/other")
+
+
 def test_plain_words_with_labels(client: Client) -> None:
     with pytest.raises(errors.UnderstudyError) as unlabelled:  # no teacher of the built-in skill, no local classifier
         client.run(
