@@ -23,6 +23,7 @@ from tests.trainer.trainer_process import TrainerProcess, artefacts, curve, file
 BAR = "trainer killed at a random step: the job ends with the same loss curve (same seed) and artefact"
 KILLS = 3
 _ROWS = 600
+_SENTENCES = 400  # a fifth is held out, and a student is measured on 50 at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +118,4 @@ def _writing(folder: Path) -> None:
     bases.write_base(folder / "checkpoint")
     bases.add_base(folder / "models", folder / "checkpoint")
     bases.site(folder, folder / "models", folder / "checkpoint")
-    bases.fill(folder / "lake", bases.texts(400, 1))
+    bases.fill(folder / "lake", bases.texts(_SENTENCES, 1))

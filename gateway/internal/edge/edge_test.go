@@ -132,3 +132,11 @@ func TestWaitIdle(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestOriginsThatAreNoneAreRefusedAtTheStart(t *testing.T) {
+	for origin, good := range map[string]bool{"*": true, "https://app.example": true, "http://localhost:3000": true, "app.example": false, "https://app.example/page": false} {
+		if _, err := newCORS([]string{origin}); (err == nil) != good {
+			t.Errorf("%q: %v", origin, err)
+		}
+	}
+}
