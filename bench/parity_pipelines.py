@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.vocabularies import unigrams, word_pieces
 from server.core import Call, Task
 from server.runtime.encoder import EncoderModel
 from server.runtime.engine import Engine, GraphForm
@@ -99,20 +100,12 @@ def make_tokenizer(architecture: str, texts: Sequence[str]) -> Any:
     size, limit = 1500, MAX_TOKENS
     if architecture in ("bert", "distilbert"):
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+        tokenizer = _word_piece_tokenizer(texts, special, size)
         kind = transformers.BertTokenizerFast if architecture == "bert" else transformers.DistilBertTokenizerFast
         template = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     elif architecture == "mpnet":
         special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+        tokenizer = _word_piece_tokenizer(texts, special, size)
         kind = transformers.MPNetTokenizerFast
         template = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     elif architecture == "roberta":
@@ -122,6 +115,7 @@ def make_tokenizer(architecture: str, texts: Sequence[str]) -> Any:
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
         kind = transformers.RobertaTokenizerFast
         template = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
     else:
@@ -130,14 +124,26 @@ def make_tokenizer(architecture: str, texts: Sequence[str]) -> Any:
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
+        tokenizer.model = models.Unigram(*unigrams(tokenizer, texts, special, size, "<unk>"))
+        tokenizer.add_special_tokens(special)
         kind = transformers.XLMRobertaTokenizerFast
         template = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
         )
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = template
     return kind(tokenizer_object=tokenizer, model_max_length=limit)
+
+
+def _word_piece_tokenizer(texts: Sequence[str], special: list[str], size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.model = models.WordPiece(word_pieces(tokenizer, texts, special, size), unk_token="[UNK]")
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def make_model(architecture: str, task: Task, labels: Sequence[str], tokenizer: Any, folder: Path) -> Any:

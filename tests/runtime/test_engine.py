@@ -294,7 +294,8 @@ def test_a_run_that_works_for_nobody_is_ended(tmp_path: Path) -> None:
 def test_under_overload_runs_are_spent_on_calls_that_can_still_have_them(tmp_path: Path) -> None:
     async def body() -> None:
         recorder = Recorder()
-        made = engine(tmp_path, layers=2, observer=recorder, token_budget=128)
+        # Layers enough that no machine answers 400 callers within 0.2 s each.
+        made = engine(tmp_path, layers=8, observer=recorder, token_budget=128)
         answered = 0
 
         async def caller(until: float) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from bench.vocabularies import word_pieces
 from server.core import Task
 from server.runtime.graphs.calibrate import default_texts
 
@@ -76,9 +77,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        [t for t in default_texts() if t.isascii()], trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special)
-    )
+    vocabulary = word_pieces(tokenizer, [t for t in default_texts() if t.isascii()], special, VOCABULARY)
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer.add_special_tokens(special)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
