@@ -17,6 +17,7 @@ _MEASURES = {
     "curation": ("learn_curation", "curation"),
     "erasure": ("learn_lake", "erasure"),
     "accuracy": ("learn_accuracy", "accuracy"),
+    "few": ("learn_few", "few_labels"),
     "flywheel": ("learn_flywheel", "flywheel"),
     "bad_teacher": ("learn_flywheel", "bad_teacher"),
     "drift": ("learn_flywheel", "drift"),

@@ -62,7 +62,7 @@ def few(texts: Texts, draw: int) -> Texts:
     return found
 
 
-def work_of(training: Texts, test: Texts, folder: Path) -> Work:
+def work_of(training: Texts, test: Texts, folder: Path, *, unlabelled: Sequence[str] = ()) -> Work:
     """A run of the trainer on exactly these rows: the test is what is held out."""
     models = Path(os.environ.get("UNDERSTUDY_BENCH_MODELS", ROOT / "models"))
     if not (models / STARTER).is_dir():
@@ -74,7 +74,7 @@ def work_of(training: Texts, test: Texts, folder: Path) -> Work:
     flags: dict[str, Any] = {"models.path": str(models), "providers.bench.base_url": "http://localhost:1"}
     config: Config = load_config(None, environ={}, flags=flags)
     config = config.model_copy(update={"skills": {SKILL: type_of_skill().model_validate(skill)}})
-    return Work(config, SKILL, 0.8, Data(rows, labels), JobContext(f"bench-{folder.name}", folder, log=print), seed=0)
+    return Work(config, SKILL, 0.8, Data(rows, labels), JobContext(f"bench-{folder.name}", folder, log=print), 0, unlabelled)
 
 
 def type_of_skill() -> Any:

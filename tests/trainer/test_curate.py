@@ -164,6 +164,36 @@ def test_a_students_own_answer_counts_where_a_person_liked_it() -> None:
     assert one({**mine, "rating": 5}, off, LABELS) == answers.NO_TEACHER
 
 
+def test_what_nobody_answered_is_kept_without_a_label() -> None:
+    def unanswered(n: int, text: str, **more: Any) -> dict[str, Any]:
+        return row(n, text, None, local=True, student_label="card", labels=["card"], **more)
+
+    texts = [f"where is the parcel number {n} of this week" for n in range(40)]
+    held, free = [text for text in texts if is_held_out(text)], [text for text in texts if not is_held_out(text)]
+    rows = [
+        row(1, free[0]),
+        row(2, held[0], "transfer"),
+        unanswered(3, free[0].upper()),  # has a label
+        unanswered(4, free[1]),
+        unanswered(5, free[1] + " "),
+        unanswered(6, held[1]),
+        unanswered(7, held[0] + "!"),
+        unanswered(8, held[0][:-1] + "kk"),  # nearly the held-out text
+        unanswered(9, "write to anna@example.org about it"),
+        row(10, free[2], training_allowed=False),  # an answer that may not be learnt from is no lack of an answer
+        unanswered(11, free[3], thumb="down"),
+    ]
+    found = curated(rows, PLAIN.model_copy(update={"pii": "scrub"}))
+    kept = {one.text: one for one in found.unlabelled}
+    assert set(kept) == {free[1] + " ", "write to <EMAIL_ADDRESS_1> about it"}
+    assert not any(one.label or one.answer or one.held_out for one in found.unlabelled)
+    assert found.report()["unlabelled_rows"] == 2 and found.dropped[answers.NO_TEACHER] == 7
+    without = curated(rows, PLAIN.model_copy(update={"pii": "drop"}))
+    assert {one.text for one in without.unlabelled} == {free[1] + " "}
+    plenty = [row(100 + n, f"question {n} about {n * 7919} things", LABELS[n % 2]) for n in range(80)]
+    assert not curated([*rows, *plenty]).unlabelled
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

@@ -82,9 +82,8 @@ class _Run:
                 data, vectors = await self._embed(base, Data(rows, known), curated.vectors if curated.base == report.base else {})
             used = [(row.interaction_id, row.held_out) for row in data.rows]
             dataset = self._registry.add_dataset(report.job, curated.table_version, curated.fingerprint, used, report.curation)
-            work = Work(
-                self._config, self._skill, self._settings.deliver_bar, data, self._context, int(spec.get("seed", self._context.seed))
-            )
+            seed, asked = int(spec.get("seed", self._context.seed)), [row.text for row in curated.unlabelled]
+            work = Work(self._config, self._skill, self._settings.deliver_bar, data, self._context, seed, asked)
             trials = int(spec.get("trials", SEARCHED)) if spec.get("search") else 0
             chosen = await self._ladder(work, base, vectors, method, trials)
             present = await self._present(data, base, vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,8 @@ from server.runtime.heads import Base, Features, HeadSpec, LinearHead, write_lin
 from server.runtime.repository import ModelFiles
 from trainer import evaluate, linear
 from trainer.classify.data import Data
-from trainer.classify.recipe import Recipe
+from trainer.classify.recipe import Recipe, second_recipe
+from trainer.classify.selftrain import LEAST_RATIO, labelled_by
 from trainer.context import JobContext
 from trainer.evaluate import Evaluation
 from trainer.search import Range
@@ -72,6 +73,7 @@ class Work:
     data: Data
     context: JobContext
     seed: int
+    unlabelled: Sequence[str] = ()  # inputs that nobody labelled, none of them held out
 
     def judge(
         self, head: tuple[FloatArray, FloatArray], vectors: FloatArray, base: Base, features: Features
@@ -112,8 +114,19 @@ def train_linear(work: Work, base: ServedBase, vectors: FloatArray) -> Trained:
     return Trained(LINEAR, spec, fitted.weight, fitted.bias, judged, parameters, time.monotonic() - start)
 
 
-def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Any:
-    """The torch part alone: the student, its token table and the training that it went through, for a search and for `train_encoder`."""
+@dataclass(slots=True, frozen=True)
+class Weights:
+    """The torch part of a training. `training`: the one that the student went through last; `more`: parameters of a second one."""
+
+    source: Any
+    student: Any
+    tokens: Any
+    training: Any
+    more: Mapping[str, Any]
+
+
+def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Weights:
+    """The torch part alone, for a search and for `train_encoder`: one student, and where labels are few and requests many a second."""
     from trainer.classify import encoder
     from trainer.classify.batches import TokenTable
     from trainer.classify.loop import Rows, Training
@@ -123,21 +136,30 @@ def train_encoder_weights(work: Work, recipe: Recipe, name: str) -> Any:
     source = find_source(work.config, work.config.skills[work.skill].base)
     student = encoder.open_student(source, len(data.labels), recipe)
     names = [label.replace("_", " ").replace("-", " ") for label in data.labels] if recipe.named else []
-    tokens = TokenTable(source.tokenizer, [*data.texts, *names], min(recipe.max_tokens, source.manifest.max_tokens))
     validated = data.validated(recipe.validated)
     trained = np.append(np.flatnonzero(~data.held_out & ~validated), np.arange(len(data.rows), len(data.rows) + len(names)))
+    asked = list(work.unlabelled) if recipe.again and len(work.unlabelled) >= LEAST_RATIO * len(trained) else []
+    tokens = TokenTable(source.tokenizer, [*data.texts, *names, *asked], min(recipe.max_tokens, source.manifest.max_tokens))
     classes = np.append(data.classes, np.arange(len(names)))
     weights = np.append(data.weights, np.ones(len(names), np.float32)).astype(np.float32)
     encoder.start_head(student, student.embed(tokens, trained), classes[trained])
     rows = Rows(tokens, classes, weights, trained, np.flatnonzero(validated))
     training = Training(student, rows, recipe, work.context, name)
     training.run()
-    return source, student, tokens, training
+    if not asked or work.context.left_s() <= 0:
+        return Weights(source, student, tokens, training, {})
+    rows = labelled_by(student, rows, len(classes) + np.arange(len(asked)))
+    second = second_recipe(recipe, len(rows.trained), len(data.labels))
+    student = encoder.open_student(source, len(data.labels), second)
+    encoder.start_head(student, student.embed(tokens, rows.trained), rows.classes[rows.trained])
+    training = Training(student, rows, second, work.context, f"{name}-again")
+    training.run()
+    return Weights(source, student, tokens, training, {"unlabelled_rows": len(asked), "second": second.to_json()})
 
 
 def validation_accuracy(work: Work, recipe: Recipe, name: str) -> float:
     """A trial of a search: the best accuracy on the validation rows. Leaves no checkpoint of a trial that ended."""
-    *_, training = train_encoder_weights(work, recipe, name)
+    training = train_encoder_weights(work, recipe.with_({"again": False}), name).training
     (work.context.folder / f"{name}.checkpoint").unlink(missing_ok=True)
     return float(training.validation)
 
@@ -148,7 +170,8 @@ async def train_encoder(work: Work, recipe: Recipe) -> Trained:
 
     start = time.monotonic()
     data, context = work.data, work.context
-    source, student, tokens, training = train_encoder_weights(work, recipe, recipe.method)
+    made = train_encoder_weights(work, recipe, recipe.method)
+    source, student, tokens, training = made.source, made.student, made.tokens, made.training
     folder = context.folder / f"{recipe.method}-encoder"
     encoder.save_encoder(student, source, folder)
     held = np.flatnonzero(data.held_out)
@@ -169,6 +192,7 @@ async def train_encoder(work: Work, recipe: Recipe) -> Trained:
         "" if parity.passed else f"the exported encoder gives other labels than the trained one on {1 - parity.agreement:.2%} of the rows."
     )
     parameters = recipe.to_json() | {"best_epoch": training.best_epoch, "refit": refit, "form": form, "temperature": spec.temperature}
+    parameters |= made.more
     more = {"parity_agreement": parity.agreement, "parity_cosine_mean": parity.cosine_mean, "parity_cosine_min": parity.cosine_min}
     more |= {"validation_accuracy": training.validation} if training.validation >= 0 else {}
     return Trained(recipe.method, spec, *head, judged, parameters, time.monotonic() - start, draft, problem, more)

@@ -1,7 +1,8 @@
 """From the lake's rows to rows worth learning from, step by step, with a count and a reason for each row that falls away.
 
 The order: input -> sources -> answers -> quality -> agreement -> personal data -> duplicates -> near duplicates -> decontamination ->
-label errors -> balance. Which side of the held-out line a row is on follows from its text (or user) as it came, before anything is changed.
+label errors -> balance -> unlabelled. Which side of the held-out line a row is on follows from its text (or user) as it came, before
+anything is changed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ from server.registry.registry import Registry
 from server.routing.judge import FILE as QUALITY_FILE
 from server.routing.skills import CLASSIFYING
 from server.settings import CurationConfig
+from trainer.classify.recipe import FEW_A_LABEL
 from trainer.context import JobContext
 from trainer.curate import answers, balance, drafts, duplicates, names, noise, pii
 from trainer.curate.drafts import Draft
 from trainer.curate.licences import Licences
-from trainer.curate.rows import Curated, Row, Step
+from trainer.curate.rows import Curated, Row, Step, normalised
 from trainer.publish import adapters_folder
 
 TOO_OLD = "older than the newest curation.max_rows"
 PERSONAL = "holds personal data (curation.pii = drop)"
-STEPS = 11
+STEPS = 12
 T = TypeVar("T")
 _EXAMPLES = 3
 # A row whose label is likely wrong, where such rows are kept with less weight.
 _DOUBTED = 0.25
+# More requests without a label than this teach little that so many do not.
+_MOST_UNLABELLED = 20_000
 
 
 class Embed(Protocol):
@@ -57,6 +61,10 @@ class Task:
     @property
     def classifies(self) -> bool:
         return bool(self.labels)
+
+
+def _nothing(row: Row, reason: str) -> None:
+    """Where a row falls away that was counted before."""
 
 
 def curate(config: Config, skill: str, context: JobContext | None = None, registry: Registry | None = None) -> Curated:
@@ -111,7 +119,7 @@ def refine(raws: Iterable[Mapping[str, Any]], task: Task, settings: CurationConf
     rows = run.label_errors(rows)
     with run.step("balance", rows) as step:
         rows = step.keep(balance.weighted(balance.capped(rows, settings.max_rows_per_label, step.drop), settings.balance))
-    run.curated.rows = rows
+    run.curated.rows = run.unlabelled(rows)
     return run.curated
 
 
@@ -144,6 +152,7 @@ class _Run:
     settings: CurationConfig
     context: JobContext | None
     curated: Curated = field(default_factory=Curated)
+    unanswered: list[Draft] = field(default_factory=list)  # training inputs that nobody gave an answer to learn from
 
     def check(self) -> None:
         if self.context is not None:
@@ -184,11 +193,34 @@ class _Run:
         with self.step("sources", left) as step:
             left = step.keep(answers.sources(left, licences, step.drop))
         with self.step("answers", left) as step:
-            left = step.keep(judge.choose(left, step.drop))
+            left = step.keep(judge.choose(left, lambda one, reason: self._unanswered(step, one, reason)))
         with self.step("quality", left) as step:
             left = step.keep(judge.good(left, step.drop))
         with self.step("agreement", left) as step:
             return step.keep(answers.agreement(left, settings.agreement_bonus, step.drop) if task.classifies else left)
+
+    def _unanswered(self, step: _Running, one: Draft, reason: str) -> None:
+        step.drop(one, reason)
+        if reason == answers.NO_TEACHER and self.task.classifies and not one.held_out:
+            self.unanswered.append(one)
+
+    def unlabelled(self, rows: list[Row]) -> list[Row]:
+        """Finds the newest inputs without an answer, one of equals, none that is near a held-out text or stands among `rows`.
+
+        They were counted as dropped where they were. Personal data is treated as in rows. None are kept where labels are plenty.
+        """
+        with self.step("unlabelled", rows) as step:
+            if not self.task.classifies or sum(not row.held_out for row in rows) >= FEW_A_LABEL * len(self.task.labels):
+                step.step.notes = {"skipped": "there are labels enough" if self.task.classifies else "the skill writes"}
+                return step.keep(rows)
+            left, _ = self._scrubbed(self.rows_of(self.unanswered[-_MOST_UNLABELLED:]), _nothing)
+            known = {normalised(row.text) for row in rows}
+            left = [row for row in duplicates.exact(left, _nothing) if normalised(row.text) not in known]
+            held = [row for row in rows if row.held_out]
+            left = duplicates.decontaminated([*held, *left], self.settings.near_duplicates, _nothing, self.check)
+            self.curated.unlabelled = [row for row in left if not row.held_out]
+            step.step.notes = {"without an answer": len(self.unanswered), "kept without a label": len(self.curated.unlabelled)}
+            return step.keep(rows)
 
     def count_sources(self, left: Sequence[Draft]) -> None:
         """Whose words the answers are."""
@@ -219,26 +251,30 @@ class _Run:
 
     def personal(self, rows: list[Row]) -> list[Row]:
         """Placeholders in the place of personal data, or no row."""
-        mode = self.settings.pii
         with self.step("personal data", rows) as step:
-            if mode == "off":
-                return step.keep(rows)
-            scrubber = pii.Scrubber.of(self.settings.pii_entities)
-            people = self.task.find_names(rows, lambda done, total: self.progress("names", done, total)) if self.task.find_names else {}
-            found: Counter[str] = Counter()
-            left, touched = [], 0
-            for number, row in enumerate(rows):
-                if number % 4096 == 0:
-                    self.check()
-                scrubbed, kinds = scrubber.scrub(row, people.get(row.interaction_id, ()))
-                found.update(kinds)
-                touched += bool(kinds)
-                if kinds and mode == "drop":
-                    step.drop(row, PERSONAL)
-                else:
-                    left.append(scrubbed)
-            step.step.notes = {"rows with personal data": touched, "found": dict(found.most_common())}
+            left, step.step.notes = self._scrubbed(rows, step.drop)
             return step.keep(left)
+
+    def _scrubbed(self, rows: list[Row], drop: Callable[[Row, str], None]) -> tuple[list[Row], dict[str, Any]]:
+        """The rows as they may be kept, and what was found in them."""
+        mode = self.settings.pii
+        if mode == "off":
+            return rows, {}
+        scrubber = pii.Scrubber.of(self.settings.pii_entities)
+        people = self.task.find_names(rows, lambda done, total: self.progress("names", done, total)) if self.task.find_names else {}
+        found: Counter[str] = Counter()
+        left, touched = [], 0
+        for number, row in enumerate(rows):
+            if number % 4096 == 0:
+                self.check()
+            scrubbed, kinds = scrubber.scrub(row, people.get(row.interaction_id, ()))
+            found.update(kinds)
+            touched += bool(kinds)
+            if kinds and mode == "drop":
+                drop(row, PERSONAL)
+            else:
+                left.append(scrubbed)
+        return left, {"rows with personal data": touched, "found": dict(found.most_common())}
 
     def label_errors(self, rows: list[Row]) -> list[Row]:
         """Leaves out, or doubts, training rows whose labels are likely wrong; a person's correction is believed."""

@@ -63,11 +63,13 @@ class Step:
 class Curated:
     """What is left, what fell away and why, and where the teachers' words come from.
 
+    `unlabelled`: training inputs whose wanted answer nobody gave, of skills that classify; they are none of `rows`, and have no label.
     `vectors`: float32[H] of rows' texts by interaction, as the search for label errors had them from `base`, "name@version", so that
     nobody has to embed them again; empty where there was none.
     """
 
     rows: list[Row] = field(default_factory=list)
+    unlabelled: list[Row] = field(default_factory=list)
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
@@ -96,6 +98,7 @@ class Curated:
             "train_rows": len(self.rows) - held,
             "held_out_rows": held,
             "newest_held_out_rows": len(self.newest()),
+            "unlabelled_rows": len(self.unlabelled),
             "corrected_rows": sum(row.corrected for row in self.rows),
             "dropped": dict(self.dropped.most_common()),
             "sources": dict(self.sources.most_common()),
