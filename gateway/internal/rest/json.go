@@ -7,6 +7,8 @@ import (
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+
+	pb "understudy.dev/gen/understudy/v1"
 )
 
 // marshaler is grpc-gateway's JSON without its copies: a message is written into the answer's bytes, and a body is scanned once. What follows a
@@ -24,6 +26,9 @@ func (m *marshaler) Marshal(v any) ([]byte, error) {
 	message, ok := v.(proto.Message)
 	if !ok {
 		return m.JSONPb.Marshal(v)
+	}
+	if response, ok := v.(*pb.EmbedResponse); ok && m.MarshalOptions.EmitUnpopulated {
+		return vectors(m.MarshalOptions, response)
 	}
 	// Guessed from the wire's size, where names are numbers and digits are bits.
 	return m.MarshalOptions.MarshalAppend(make([]byte, 0, 512+4*proto.Size(message)), message)
