@@ -72,8 +72,11 @@ demo: $(READY) $(STARTER)  ## The whole loop on real text: teacher, log, trainin
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui clients  ## Runs the whole suite.
-	$(BIN)/python -m pytest $(ARGS)
+# Half of the suite's time is waiting for processes. What fails is tried once more with the machine to itself, since a neighbour can take a
+# test's time; what fails twice has failed.
+WORKERS ?= 2
+test: $(READY) $(VENV)/.dev $(STARTER) $(TOOLS)/bin/grpcurl $(TOOLS)/bin/grpcui clients  ## Runs the whole suite, files side by side.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS)
 
 lint: $(READY) $(VENV)/.dev $(TOOLS)/node_modules/.bin/buf build/googleapis clients-lint  ## ruff, mypy, buf lint.
 	$(BIN)/ruff check .

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.made import ROOT, built
+
 BINARY = ROOT / "build" / "gateway" / "understudy-gateway"
 START_S = 30.0
 
 
 def build_gateway() -> Path:
     """`make gateway`, which does nothing where the program is up to date."""
-    done = subprocess.run(["make", "gateway"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    built("gateway")
     return BINARY
 
 

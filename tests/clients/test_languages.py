@@ -24,6 +24,7 @@ from server.settings import RegistryConfig
 from tests import generation_models
 from tests.clients.scripted_server import scripted_server
 from tests.gateway_process import GatewayProcess, build_gateway
+from tests.made import built
 from tests.server_process import ROOT, ServerProcess
 from understudy.client import Client
 from understudy.options import GenerateOptions
@@ -139,8 +140,7 @@ def run(language: str, command: list[str], environment: Mapping[str, str]) -> st
     """Output of a command that must succeed, in the folder of a client, which is built first. Skips where the language is not installed."""
     if shutil.which(command[0], path=environment["PATH"]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    built = subprocess.run(["make", f"client-{language}"], cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout[-20_000:] + built.stderr[-20_000:]
+    built(f"client-{language}")
     done = subprocess.run(command, cwd=CLIENTS / language, env=dict(environment), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-20_000:]
     return done.stdout + done.stderr

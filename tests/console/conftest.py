@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +10,14 @@ from playwright.sync_api import Browser, Page
 
 from tests.console.console_browser import chromium, watched
 from tests.console.console_site import ConsoleSite, LockedSite
-from tests.gateway_process import BINARY, ROOT
+from tests.gateway_process import BINARY
+from tests.made import built
 
 
 @pytest.fixture(scope="session")
 def console_gateway() -> Path:
     """The gateway with the console in it, built once."""
-    done = subprocess.run(["make", "console", "gateway"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    built("console", "gateway")
     return BINARY
 
 

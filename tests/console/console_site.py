@@ -19,7 +19,8 @@ from server.registry.jobs import JobStore
 from server.registry.registry import Registry
 from server.runtime.heads import Base, Features, HeadSpec, write_linear_head
 from server.runtime.repository import Repository
-from tests.gateway_process import ROOT, GatewayProcess
+from tests.gateway_process import GatewayProcess
+from tests.made import ROOT
 from tests.providers.loopback import OpenAIServer
 from tests.routing.conftest import LABELS, SURE
 from tests.server_process import ServerProcess

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, expect
 
 from tests.console.console_browser import chromium, show
 from tests.console.console_site import ConsoleSite
-from tests.gateway_process import ROOT
+from tests.made import ROOT
 from tests.small_models import build_repository
 
 OUT = ROOT / "docs" / "images"

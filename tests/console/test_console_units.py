@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.gateway_process import ROOT
+from tests.made import ROOT
 
 
 def test_the_parts_that_need_no_browser(console_gateway: Path) -> None:

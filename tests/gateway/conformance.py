@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from tests.gateway_process import ROOT, GatewayProcess
+from tests.gateway_process import GatewayProcess
+from tests.made import make
 from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ServerProcess
 
@@ -166,5 +167,5 @@ def conform(site: Site, folder: Path, *, seconds: float, seed: int | None = None
 
 def breaking(base: str) -> str:
     """What `make breaking` says against a commit of git; empty where nothing that clients rely on has changed."""
-    done = subprocess.run(["make", "breaking", f"BASE={base}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("breaking", f"BASE={base}")
     return "" if done.returncode == 0 else done.stdout + done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from server.config import load_config
-from tests.gateway_process import ROOT
+from tests.made import ROOT
 
 MANIFESTS = ROOT / "deploy" / "kubernetes" / "understudy.yaml"
 NAMES = {"kind", "apiVersion", "metadata"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway_process import ROOT
+from tests.made import ROOT
 
 GATEWAY = ROOT / "gateway"
 

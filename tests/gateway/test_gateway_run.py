@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.gateway_process import ROOT
+from tests.made import ROOT
 
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -20,7 +20,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from openapi_spec_validator import validate
 
 from tests.api.auth_calls import FILES
-from tests.gateway_process import ROOT, GatewayProcess
+from tests.gateway_process import GatewayProcess
+from tests.made import ROOT
 from understudy.v1 import auth_pb2
 
 FOLDER = ROOT / "gateway" / "openapi"

@@ -13,7 +13,8 @@ import pytest
 
 from tests.conftest import StartServer
 from tests.gateway.conftest import StartGateway
-from tests.gateway_process import ROOT, GatewayProcess
+from tests.gateway_process import GatewayProcess
+from tests.made import ROOT
 
 # The list that older designs promised.
 PROMISED = """

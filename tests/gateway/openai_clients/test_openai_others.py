@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tests import generation_models as scripted
+from tests.made import built
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 NODE = HERE.parent / "openai_node"
 SAID = scripted.ANSWER + scripted.CALL
 
@@ -23,9 +23,7 @@ def run(command: list[str], **env: str) -> None:
 
 
 def test_openais_client_for_node(site: Any) -> None:
-    installed = "tests/gateway/openai_node/node_modules/.package-lock.json"
-    made = subprocess.run(["make", installed], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
+    built("tests/gateway/openai_node/node_modules/.package-lock.json")
     run(["node", str(NODE / "client.mjs"), site.base_url, SAID, scripted.ANSWER])
 
 
