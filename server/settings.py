@@ -88,6 +88,7 @@ class SkillConfig(Section):
     # How the student is trained; auto: the cheapest that reaches the bar, from a linear head to a whole model.
     method: Literal["auto", "linear-head", "lora", "full", "prefix", "prompt"] = "auto"
     schedule: str = ""  # "daily at 02:30", "weekly", "when 500 new good rows", or five fields of cron; "": by command alone
+    assess_schedule: str = ""  # when quality and difficulty are assessed anew, e.g. "weekly"; the same words, but for rows
     train_budget_s: float = Field(default=3600.0, gt=0)  # most that one job may take, its search included
     max_cost_micro_usd: int | None = Field(default=None, ge=0)  # most that one item may cost, in 1e-6 US dollars; unset: no limit
     max_latency_s: float | None = Field(default=None, gt=0)  # candidates expected to take longer are passed over; unset: no limit

@@ -158,6 +158,18 @@ class JobStore:
         with reaching(), self.registry.engine().connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
+    def created(self, skill: str, kind: str = "") -> tuple[int, int] | None:
+        """When the skill's first and its last job were created (of this kind, where one is given), in milliseconds; None: it has none."""
+        from sqlalchemy import func, select
+
+        from server.registry.schema import JOBS
+
+        query = select(func.min(JOBS.c.create_ms), func.max(JOBS.c.create_ms)).where(JOBS.c.skill == skill)
+        query = query.where(JOBS.c.kind == kind) if kind else query
+        with reaching(), self.registry.engine().connect() as connection:
+            first, last = connection.execute(query).one()
+        return None if first is None else (first, last)
+
     def cancel(self, job: str) -> Job:
         """Ends a queued job at once; tells a running one to stop; leaves one that has ended as it is. Raises JobNotFound."""
         from sqlalchemy import or_, update

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 ALLOWED = '"daily at HH:MM", "weekly on DAY at HH:MM", "when N new good rows", or the five fields of cron, e.g. "30 2 * * 1-5"'
+TIMES = ALLOWED.replace('"when N new good rows", ', "")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 NIGHT = clock_time(2, 30)  # where no time is given
 MOST_ROWS = 1_000_000_000

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from server.config import Config, load_config
-from server.errors import FailedPrecondition
+from server.errors import FailedPrecondition, InvalidArgument
 from server.lake import table
 from server.lake.ids import IdKey
 from server.lake.log import Log
@@ -160,3 +161,41 @@ def test_a_command_wins_over_the_configuration_until_it_is_taken_back(config: Co
         store.remove(timed, config.skills[timed].schedule)
     store.adopt({timed: ""})
     assert timed not in {one.skill for one in store.list()}
+
+
+def test_assessments_come_by_the_clock_once_there_is_something_to_assess(config: Config, registry: Registry) -> None:
+    timed, _ = names(config)
+    said = config.skills[timed].model_copy(update={"schedule": "", "assess_schedule": "weekly on sunday at 04:00"})
+    config = config.model_copy(update={"skills": {timed: said}})
+    clock = Clock()
+    jobs = JobStore(registry, clock=clock)
+
+    def trainer() -> Schedules:
+        return Schedules(config, registry, clock=clock, monotonic=clock.monotonic)
+
+    one, other = trainer(), trainer()
+    clock.ms += 30 * DAY_MS
+    assert one.look() == [], "nothing was ever trained"
+    first = jobs.create(timed, "train")
+    jobs.cancel(first.id)
+    made: list[str] = []
+    for _ in range(7 * 24):
+        clock.ms += DAY_MS // 24
+        made += one.look() + other.look()
+    assert len(made) == 1, "one for both"
+    job = jobs.get(made[0])
+    assert job.kind == "assess" and job.skill == timed
+    at = datetime.fromtimestamp(job.create_ms / 1000, UTC)
+    assert at.weekday() == 6 and at.hour in (4, 5)
+    clock.ms += 21 * DAY_MS
+    assert trainer().look() == other.look() == [], "while it waits, another would read the same"
+    assert jobs.lease("t", 60, max_attempts=3) is not None
+    assert len(trainer().look() + other.look() + one.look()) == 1, "of three that passed one is made"
+
+
+@pytest.mark.parametrize("words", ["when 5 new good rows", "sometimes"])
+def test_an_assessment_without_a_time_is_refused(config: Config, registry: Registry, words: str) -> None:
+    timed, _ = names(config)
+    said = config.skills[timed].model_copy(update={"assess_schedule": words})
+    with pytest.raises(InvalidArgument, match="weekly on DAY"):
+        Schedules(config.model_copy(update={"skills": {timed: said}}), registry)
