@@ -6,11 +6,15 @@ import json
 import random
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from server.config import Config
 from server.errors import Cancelled, FailedPrecondition, InvalidArgument, TooLittleData
@@ -32,6 +36,7 @@ from trainer.generation.prompts import Prompts
 from trainer.generation.recipe import Recipe
 from trainer.generation.served import ServedStudent
 from trainer.generation.student import make_student, trained
+from trainer.generation.trials import searched
 from trainer.generation.tune import fine_tune
 from trainer.train import train
 
@@ -265,3 +270,32 @@ async def test_weights_of_another_base_are_found_out_before_anything_is_publishe
     good = site(tmp_path, tmp_path / "models", bases / "checkpoint")
     right = open_base(good, "kind", tmp_path / "scratch")
     await same_weights(good, right, load_torch(right), prompts)
+
+
+def test_a_search_keeps_what_its_trials_found_better(bases: Path, tmp_path: Path) -> None:
+    config = place(bases, tmp_path, method="lora")
+    fill(tmp_path / "lake", texts(330))
+    curves: dict[str, dict[int, float]] = {}
+    context = job(config, tmp_path / "jobs", metric=lambda name, step, value: curves.setdefault(name, {}).__setitem__(step, value))
+    report = train(config, "kind", context, {"search": True, "trials": 4, "rate": 1e-4, "epochs": 2.0})
+    storage = JournalStorage(JournalFileBackend(str(context.folder / "lora" / "search.log")))
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert list(curves["search/value"].values()) == [trial.value for trial in study.trials] and len(study.trials) == 4
+    assert study.trials[0].params["rate"] == 1e-4, "the recipe is the first"
+    parameters = report.tried[0]["parameters"]
+    assert {name: parameters[name] for name in ("rate", "epochs", "rank")} == study.best_params
+    assert 1e-4 / 6 <= parameters["rate"] <= 6e-4 and 1.0 <= parameters["epochs"] <= 2.0
+    assert parameters["rank"] <= config.generation.adapter_rank
+    assert any(name.startswith("lora-trial-3/") for name in curves) and not list(context.folder.glob("lora-trial-*"))
+    assert report.seconds["search lora"] > 0
+
+
+def test_without_watched_rows_nothing_is_searched(bases: Path, tmp_path: Path) -> None:
+    config = place(bases, tmp_path)
+    _, material = material_of(config)
+    said: list[str] = []
+    recipe = Recipe("lora", rank=4)
+    context = JobContext("a", tmp_path / "job", log=said.append)
+    base = open_base(config, "kind", tmp_path / "job")
+    assert searched(base, recipe, replace(material, watched=[]), context, {}, 16, 0.0) == recipe
+    assert said and "no search" in said[0]

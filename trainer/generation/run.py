@@ -42,7 +42,8 @@ _RESERVE = 0.25  # of the time budget, for export and proof
 def train(config: Config, skill: str, context: JobContext, spec: Mapping[str, Any]) -> Report:
     """Trains an adapter or a whole model on the skill's base, proves it as the server would run it, and publishes a Reference to it.
 
-    `spec`: "method" (auto, lora, full, prefix, prompt), "seed", and any field of trainer.generation.recipe.Recipe. Under
+    `spec`: "method" (auto, lora, full, prefix, prompt), "seed", "search" with "trials" (see trainer.generation.trials), and any field of
+    trainer.generation.recipe.Recipe. Under
     `accelerate launch` every process calls this; the first one alone exports and publishes.
 
     Raises:
@@ -189,6 +190,9 @@ class _Run:
         rank = self._config.generation.adapter_rank
         spec = {"seed": self._context.seed, **self._spec}
         recipe = recipe_for(method, self._base.manifest.hidden_size, len(material.train), rank, spec)
+        if self._spec.get("search"):
+            with Timed(self.report, f"search {method}"):
+                recipe = self._searched(recipe, material, rank)
         good = sum(one.good for one in material.opinions)
         preference = preference_of(recipe, len(material.pairs), (good, len(material.opinions) - good))
         recipe = replace(recipe, preference=preference)
@@ -203,6 +207,14 @@ class _Run:
             exported = export.draft(student, self._base, self._skill.name, recipe, scratch, texts)
         with Timed(self.report, f"prove {method}"):
             return await self._prove(student, exported, recipe, material, (present, entry))
+
+    def _searched(self, recipe: Recipe, material: Material, rank_limit: int) -> Recipe:
+        from trainer.generation.trials import searched
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._context.log("several processes: no search")
+            return recipe
+        return searched(self._base, recipe, material, self._context, self._spec, rank_limit, self._reserve)
 
     def _learn(self, recipe: Recipe, material: Material, entry: dict[str, Any]) -> Any:
         """The trained torch student; None in processes that only help."""
