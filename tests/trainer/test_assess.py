@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from server.registry.jobs import JobStore
 from server.registry.registry import Registry
 from server.routing.difficulty_book import DifficultyBook
 from server.routing.judge import QualityBook
+from tests.trainer.trainer_process import make_site
 from trainer.assess import assess, in_words
 from trainer.assessment.evidence import Saying, judge
 from trainer.assessment.figures import Figures, split_by_time, why_not
@@ -50,24 +50,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def config(tmp_path: Path, small_models: Path) -> Config:
-    shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
-    (tmp_path / "understudy.toml").write_text(f"""
-[models]
-path = {json.dumps(str(tmp_path / "models"))}
-[lake]
-path = {json.dumps(str(tmp_path / "lake"))}
-[registry]
-url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
-[providers.vendor]
-[skills.intent]
-labels = ["yes", "no"]
-teacher = "vendor/big"
-base = "embedder"
-[skills.reply]
-task = "text-generation"
-teacher = "vendor/big"
-""")
-    return load_config(tmp_path / "understudy.toml", environ={})
+    reply = '[skills.reply]\ntask = "text-generation"\nteacher = "vendor/big"'
+    site = make_site(tmp_path, small_models, labels=["yes", "no"], more=reply)
+    return load_config(site / "understudy.toml", environ={})
 
 
 def fill(config: Config, name: str, rows: list[dict[str, Any]]) -> None:

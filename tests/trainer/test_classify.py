@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from server.errors import Cancelled, FailedPrecondition, InvalidArgument
 from server.registry.registry import Registry
 from server.runtime.heads import LinearHead
 from server.runtime.repository import Repository
+from tests.trainer.trainer_process import make_site
 from tests.trainer_lake import fill, texts
 from trainer.classify import export, losses
 from trainer.classify.batches import TokenTable, epoch_batches
@@ -40,24 +39,7 @@ RECIPE = Recipe(epochs=3, batch=16, lr=2e-3, validated=0.0)
 
 @pytest.fixture
 def site(tmp_path: Path, small_models: Path) -> Path:
-    shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
-    source = small_models.parent / "checkpoints" / "embedder"
-    (tmp_path / "understudy.toml").write_text(f"""
-[models]
-path = {json.dumps(str(tmp_path / "models"))}
-[lake]
-path = {json.dumps(str(tmp_path / "lake"))}
-[registry]
-url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
-[training.sources]
-embedder = {json.dumps(str(source))}
-[providers.vendor]
-[skills.intent]
-labels = {json.dumps(LABELS)}
-teacher = "vendor/big"
-base = "embedder"
-""")
-    return tmp_path
+    return make_site(tmp_path, small_models)
 
 
 def config(site: Path) -> Config:

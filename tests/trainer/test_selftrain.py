@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from server.config import Config, load_config
 from server.core import FloatArray, IntArray
 from server.errors import Cancelled
 from server.registry.registry import Registry
+from tests.trainer.trainer_process import make_site
 from tests.trainer_lake import fill
 from trainer.classify.recipe import FEW_A_LABEL, FULL, recipe_for, second_recipe
 from trainer.classify.selftrain import spread
@@ -79,26 +78,8 @@ def test_the_second_recipe_takes_fewer_passes_over_more_rows() -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, small_models: Path) -> Path:
-    shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
-    (tmp_path / "understudy.toml").write_text(f"""
-[models]
-path = {json.dumps(str(tmp_path / "models"))}
-[lake]
-path = {json.dumps(str(tmp_path / "lake"))}
-[registry]
-url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
-[training.sources]
-embedder = {json.dumps(str(small_models.parent / "checkpoints" / "embedder"))}
-[providers.vendor]
-[skills.intent]
-labels = {json.dumps(LABELS)}
-teacher = "vendor/big"
-base = "embedder"
-method = "full"
-min_rows = 30
-deliver_bar = 0.5
-""")
-    return tmp_path
+    skill = 'method = "full"\nmin_rows = 30\ndeliver_bar = 0.5'
+    return make_site(tmp_path, small_models, labels=LABELS, skill=skill)
 
 
 def requests(count: int, seed: int) -> list[tuple[str, str]]:

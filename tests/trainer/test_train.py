@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from server.lake.schema import INTERACTIONS
 from server.quality.calibration import Calibration
 from server.registry.registry import Registry
 from server.runtime.adapters import AdapterStore
+from tests.trainer.trainer_process import make_site
 from tests.trainer_lake import WORDS, fill, texts
 from trainer.context import JobContext
 from trainer.curate.answers import FOREIGN_LABEL
@@ -32,27 +32,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def site(tmp_path: Path, small_models: Path) -> Path:
-    shutil.copytree(small_models / "embedder", tmp_path / "models" / "embedder")
-    (tmp_path / "understudy.toml").write_text(f"""
-[models]
-path = {json.dumps(str(tmp_path / "models"))}
-[lake]
-path = {json.dumps(str(tmp_path / "lake"))}
-[registry]
-url = {json.dumps(f"sqlite:///{tmp_path / 'registry.db'}")}
-[curation]  # the texts are drawn from few words, and many are alike
-near_duplicates = 1.0
-label_errors = "off"
-[providers.vendor]
-[skills.intent]
-labels = ["card", "password", "transfer", "unheard"]
-teacher = "vendor/big"
-base = "embedder"
-[skills.baseless]
-labels = ["a", "b"]
-teacher = "vendor/big"
-""")
-    return tmp_path
+    # The texts are drawn from few words, and many are alike.
+    alike = '[curation]\nnear_duplicates = 1.0\nlabel_errors = "off"'
+    baseless = '[skills.baseless]\nlabels = ["a", "b"]\nteacher = "vendor/big"'
+    labels = ["card", "password", "transfer", "unheard"]
+    return make_site(tmp_path, small_models, labels=labels, more=f"{alike}\n{baseless}")
 
 
 def config(site: Path) -> Config:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from server.registry.jobs import JobStore
@@ -19,8 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("card", "password", "transfer")
 
 
-def make_site(folder: Path, small_models: Path, *, registry_url: str = "", more: str = "", skill: str = "") -> Path:
-    """A folder with a configuration, a model repository with one base, whose torch weights are at hand, and no lake yet."""
+def make_site(
+    folder: Path, small_models: Path, *, labels: Sequence[str] = LABELS, registry_url: str = "", more: str = "", skill: str = ""
+) -> Path:
+    """A folder with a configuration, a model repository with one base, whose torch weights are at hand, and no lake yet.
+
+    `skill`: more lines of the skill "intent"; `more`: of the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(small_models / "embedder", folder / "models" / "embedder")
     source = small_models.parent / "checkpoints" / "embedder"
@@ -37,7 +42,7 @@ path = {json.dumps(str(folder / "training"))}
 embedder = {json.dumps(str(source))}
 [providers.vendor]
 [skills.intent]
-labels = {json.dumps(list(LABELS))}
+labels = {json.dumps(list(labels))}
 teacher = "vendor/big"
 base = "embedder"
 {skill}
