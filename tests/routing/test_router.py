@@ -26,14 +26,14 @@ def hops(outcome: object) -> list[tuple[str, str]]:
 
 async def test_without_a_student_the_teacher_answers(bench: Bench) -> None:
     provider = ScriptedProvider(lambda text: "card")
-    (outcome,) = (await bench.router(provider).run(ask(TEXT), call(user="ada"))).items
+    (outcome,) = (await bench.router(provider).run(ask(TEXT), call(user="user-of-mine"))).items
     assert outcome.output_text == "card" and outcome.error is None and not outcome.decision.local
     assert hops(outcome) == [("vendor/big", "delivered")]
     assert (outcome.cost_micro_usd, outcome.usage.input, outcome.decision.rollout_stage) == (7, 20, "held")
     row = bench.row()
     assert row["teacher_label"] == "card" and row["source_model"] == "big-2026" and row["training_allowed"] is True
     assert row["interaction_id"] == outcome.interaction_id and bench.lake.ids.valid(outcome.interaction_id)
-    assert row["user_hash"] and "ada" not in json.dumps(row)
+    assert row["user_hash"] and "user-of-mine" not in json.dumps(row)
     assert set(row) - {"time_ns"} <= set(columns("interactions"))
 
 
