@@ -298,8 +298,17 @@ class Decision:
 
 
 @dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """A token of a written answer, with the natural logarithm of its probability, and the likeliest at its place, best first."""
+
+    text: str
+    logprob: float
+    top: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(slots=True, frozen=True)
 class Reply:
-    """What an answer says, whatever the task: `text` always, the others where the task has them."""
+    """What an answer says, whatever the task: `text` always, the others where the task has them. `tokens`: where they were asked for."""
 
     text: str = ""
     labels: Sequence[Label] = ()
@@ -309,6 +318,7 @@ class Reply:
     score: float | None = None
     tool_calls: Sequence[ToolCall] = ()
     finish: FinishReason | None = None
+    tokens: Sequence[TokenLogprob] = ()
 
 
 @dataclass(slots=True)

@@ -27,10 +27,12 @@ from understudy.v1 import common_pb2, generation_pb2
 from understudy.v1 import inference_service_pb2 as pb
 
 _TASK = "text-generation"
-_SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed")
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+_SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed", *_PENALTIES)
 # Of a provider's model that is named, where the request says nothing: a bound for the bill, which OpenAI's API leaves open.
 _MAX_TOKENS = 4096
 _MOST_STOPS, _MAX_STOP = 16, 256
+_PENALTY, _MOST_TOP = 2, 20  # OpenAI's bounds, which are every vendor's
 _FINISH = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -39,7 +41,7 @@ _FINISH = {
 
 
 class SkillGeneration:
-    """Edges only. What only one local model could do (token ids, log-probabilities, several answers) is refused by its field."""
+    """Edges only. What only one local model could do (token ids, several answers) is refused by its field."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -53,7 +55,7 @@ class SkillGeneration:
                 if isinstance(piece, str):
                     yield pb.GenerateResponse(deltas=[generation_pb2.GenerationDelta(text=piece)])
                     continue
-                end = generation_pb2.GenerationDelta(finish_reason=_finish(piece), tool_calls=_tools(piece))
+                end = generation_pb2.GenerationDelta(finish_reason=_finish(piece), tool_calls=_tools(piece), tokens=_tokens(piece))
                 response = pb.GenerateResponse(deltas=[end])
                 _tell(response, piece)
                 yield response
@@ -68,7 +70,9 @@ class SkillGeneration:
         assert isinstance(outcome, Outcome), "the router gives outcomes"
         if outcome.error is not None:
             raise outcome.error
-        text = generation_pb2.GeneratedText(text=outcome.output_text, finish_reason=_finish(outcome), tool_calls=_tools(outcome))
+        text = generation_pb2.GeneratedText(
+            text=outcome.output_text, finish_reason=_finish(outcome), tool_calls=_tools(outcome), tokens=_tokens(outcome)
+        )
         response = pb.GenerateTextResponse(results=[text])
         _tell(response, outcome)
         return response
@@ -78,7 +82,7 @@ class SkillGeneration:
         if skill.task != _TASK:
             message = f"the skill {skill.name!r} does {skill.task}; Generate takes skills of the task {_TASK}. Call Run."
             raise InvalidArgument(message, field="skill")
-        _refuse_set(request, ("adapter", "return_token_ids", "logprobs", "top_logprobs"), "")
+        _refuse_set(request, ("adapter", "return_token_ids"), "")
         _refuse_set(request.sampling, [f.name for f in request.sampling.DESCRIPTOR.fields if f.name not in _SAMPLING], "sampling.")
         if request.model.name and request.skill:
             raise InvalidArgument("model and skill are both set; expected one: a skill finds its model.", field="model")
@@ -139,11 +143,22 @@ def _manner(request: Any, tools: list[Tool]) -> Manner:
     top_p = sampling.top_p if sampling.HasField("top_p") else None
     if top_p is not None and not 0 < top_p <= 1:
         raise InvalidArgument(f"sampling.top_p is {top_p:g}; expected more than 0 and at most 1.", field="sampling.top_p")
+    for name in _PENALTIES:
+        value, field = getattr(sampling, name), f"sampling.{name}"
+        if not -_PENALTY <= value <= _PENALTY:
+            raise InvalidArgument(f"{field} is {value:g}; expected -{_PENALTY} to {_PENALTY} for a route.", field=field, limit=_PENALTY)
+    if not 0 <= request.top_logprobs <= _MOST_TOP or (request.top_logprobs and not request.logprobs):
+        message = f"top_logprobs is {request.top_logprobs}; expected 0 to {_MOST_TOP}, and logprobs set beside it."
+        raise InvalidArgument(message, field="top_logprobs", limit=_MOST_TOP)
     if len(sampling.stop) > _MOST_STOPS or not all(0 < len(text) <= _MAX_STOP for text in sampling.stop):
         message = f"sampling.stop holds what cannot be; expected at most {_MOST_STOPS} texts of 1 to {_MAX_STOP} characters."
         raise InvalidArgument(message, field="sampling.stop", limit=_MOST_STOPS)
     return Manner(
         top_p=top_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
         stop=tuple(sampling.stop),
         seed=sampling.seed if sampling.HasField("seed") else None,
         json_object=request.response_format.json_object,
@@ -165,6 +180,16 @@ def _finish(outcome: Outcome) -> Any:
 
 def _tools(outcome: Outcome) -> list[generation_pb2.ToolCall]:
     return [generation_pb2.ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in outcome.reply.tool_calls]
+
+
+def _tokens(outcome: Outcome) -> list[generation_pb2.GeneratedToken]:
+    found = []
+    for one in outcome.reply.tokens:
+        token = generation_pb2.GeneratedToken(text=one.text, logprob=one.logprob)
+        for text, logprob in one.top:
+            token.top.add(text=text, logprob=logprob)
+        found.append(token)
+    return found
 
 
 def _tell(response: Any, outcome: Outcome) -> None:

@@ -14,7 +14,18 @@ from server.providers.base import Embeddings, Part, Prompt
 from server.providers.failures import stream_refusal
 from server.providers.presets import Preset, presets
 from server.providers.remote import RemoteProvider
-from server.providers.wire import ClientSettings, Reply, StreamReader, count, finish_of, image_type, image_url, schema_in_words, schema_of
+from server.providers.wire import (
+    ClientSettings,
+    Reply,
+    StreamReader,
+    check_wishes,
+    count,
+    finish_of,
+    image_type,
+    image_url,
+    schema_in_words,
+    schema_of,
+)
 from server.settings import ProviderConfig
 
 # The tool that older models are made to call, so that their answer follows a schema.
@@ -58,6 +69,7 @@ class AnthropicWire:
         """See Wire. Messages of systems and developers become the system prompt, in their order."""
         free = self._preset.samples_freely(model)
         schema = schema_of(prompt)
+        check_wishes(model, prompt, penalties=False, logprobs=False)
         system = [m.content for m in prompt.messages if m.role in ("system", "developer") and m.content]
         body: dict[str, Any] = {"model": model, "max_tokens": prompt.max_tokens, "messages": turns_of(prompt.messages)}
         if free and prompt.temperature is not None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from server.core import FinishReason, FloatArray, Format, Message, Tool, ToolCall, Usage
+from server.core import FinishReason, FloatArray, Format, Message, TokenLogprob, Tool, ToolCall, Usage
 
 
 @dataclass(slots=True, frozen=True)
@@ -14,7 +14,8 @@ class Prompt:
     """What a provider's model is asked. `max_tokens` bounds what it may write, and so what it may cost.
 
     `temperature` and `top_p`: None leaves the vendor's default; some models (those that reason) take nothing else and are never sent one.
-    `seed` and `logprobs` are asked for where the vendor has them and left out where not. `format`: json_schema or json_object; others are
+    `seed` is said where the vendor has it and left out where not. Penalties and `logprobs` (with `top_logprobs` of the likeliest tokens at
+    each place) are refused with InvalidArgument where it has none. `format`: json_schema or json_object; others are
     refused with InvalidArgument, because no vendor's API has them. `tool_choice`: "" (the model decides), "none", "required",
     or a tool's name.
     """
@@ -23,12 +24,15 @@ class Prompt:
     max_tokens: int
     temperature: float | None = 0.0
     top_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: str = ""
     format: Format | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
 
     @staticmethod
     def of(system: str, user: str, max_tokens: int) -> Prompt:
@@ -42,7 +46,7 @@ class Completion:
     """A whole answer.
 
     `source_model` is the model that the vendor says it ran; `cost_micro_usd` is 0 where the model has no price; `attempts` counts requests,
-    the last included; `logprobs` has one natural logarithm a token of the answer, or is empty; `first_token_s` is the time from the call
+    the last included; `logprobs` has the answer's tokens, or is empty; `first_token_s` is the time from the call
     to the first token of a stream, and to the whole answer otherwise.
     """
 
@@ -53,7 +57,7 @@ class Completion:
     attempts: int
     finish: FinishReason = FinishReason.STOP
     tool_calls: tuple[ToolCall, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     first_token_s: float = 0.0
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from server.core import FinishReason, FloatArray, Message, ToolCall, Usage
+from server.core import FinishReason, FloatArray, Message, TokenLogprob, ToolCall, Usage
 from server.errors import Unimplemented
 from server.providers.base import Embeddings, Part, Prompt
 from server.providers.failures import stream_refusal
 from server.providers.presets import Preset, presets
 from server.providers.remote import RemoteProvider
-from server.providers.wire import ClientSettings, Reply, StreamReader, count, finish_of, image_url, schema_in_words, schema_of
+from server.providers.wire import ClientSettings, Reply, StreamReader, check_wishes, count, finish_of, image_url, schema_in_words, schema_of
 from server.settings import ProviderConfig
 
 # Pieces of one stream may name this many calls of tools.
@@ -85,12 +86,13 @@ class OpenAIWire:
             body["temperature"] = prompt.temperature
         if free and prompt.top_p is not None:
             body["top_p"] = prompt.top_p
+        check_wishes(model, prompt, penalties=free and preset.penalties, logprobs=free and preset.logprobs)
+        wishes = ("presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")
+        body |= {name: value for name in wishes if (value := getattr(prompt, name))}
         if prompt.stop:
             body["stop"] = list(prompt.stop)
         if prompt.seed is not None and preset.seed:
             body["seed"] = prompt.seed
-        if prompt.logprobs and preset.logprobs and free:
-            body["logprobs"] = True
         if prompt.tools:
             body["tools"] = [
                 {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
@@ -170,7 +172,7 @@ class ChunkReader:
         self._texts: list[str] = []
         self._thinking: list[str] = []
         self._calls: dict[int, list[str]] = {}
-        self._logprobs: list[float] = []
+        self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
         self._model = ""
 
@@ -291,5 +293,17 @@ def _arguments(value: object) -> str:
     return (value or "{}") if isinstance(value, str) else json.dumps(value or {})
 
 
-def _logprobs(found: Any) -> tuple[float, ...]:
-    return tuple(float(token["logprob"]) for token in found.get("content") or ()) if isinstance(found, dict) else ()
+def _logprobs(found: Any) -> tuple[TokenLogprob, ...]:
+    return tuple(map(_token, found.get("content") or ())) if isinstance(found, dict) else ()
+
+
+def _token(said: Any) -> TokenLogprob:
+    top = tuple(_likely(other) for other in said.get("top_logprobs") or ())
+    return TokenLogprob(*_likely(said), top)
+
+
+def _likely(said: Any) -> tuple[str, float]:
+    text, logprob = said["token"], float(said["logprob"])
+    if not isinstance(text, str) or not math.isfinite(logprob):
+        raise ValueError("a token's log-probability that is none")
+    return text, logprob

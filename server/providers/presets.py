@@ -28,6 +28,7 @@ class Preset:
     stream_usage: bool = False
     seed: bool = False
     logprobs: bool = False
+    penalties: bool = False
     names: bool = False
     embeddings: bool = False
     embeddings_base64: bool = False

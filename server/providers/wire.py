@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.core import FinishReason, Image, ToolCall, Usage
+from server.core import FinishReason, Image, TokenLogprob, ToolCall, Usage
 from server.errors import InvalidArgument, ProviderUnavailable
 from server.providers.base import Part, Prompt
 from server.providers.failures import Refusal
@@ -42,7 +42,7 @@ class Reply:
     usage: Usage | None = None
     source_model: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class StreamReader(Protocol):
@@ -131,6 +131,18 @@ def image_type(image: Image) -> str:
         message = f"An image needs data and one of the media types {', '.join(_IMAGE_TYPES)}, or an https url."
         raise InvalidArgument(message, field="images.media_type", media_type=image.media_type)
     return image.media_type
+
+
+def check_wishes(model: str, prompt: Prompt, *, penalties: bool, logprobs: bool) -> None:
+    """Refuses what the model has not, as the arguments say: another candidate may, and an answer without it is not what was asked for."""
+    asked = {
+        "presence_penalty": (prompt.presence_penalty, penalties),
+        "frequency_penalty": (prompt.frequency_penalty, penalties),
+        "logprobs": (prompt.logprobs, logprobs),
+    }
+    for name, (value, has) in asked.items():
+        if value and not has:
+            raise InvalidArgument(f"{model} has no {name}. Leave it out, or ask another model.", field=name)
 
 
 def schema_of(prompt: Prompt) -> dict[str, Any] | None:

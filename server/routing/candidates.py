@@ -21,9 +21,15 @@ class Manner:
     """How a request wants its answer to be written, beyond what its skill says.
 
     `tool_choice`: "" (the model decides), "none", "required", or the name of the tool that must be called. `json_object`: any JSON object.
+    The penalties, in [-2, 2], make what was written already less likely, as OpenAI's API defines them. `logprobs`: the answer's tokens are
+    wanted with their log-probabilities, and `top_logprobs` of the likeliest at each place. A candidate that cannot do it is passed over.
     """
 
     top_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: bool = False
+    top_logprobs: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     json_object: bool = False

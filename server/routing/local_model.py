@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from server.core import Call, Message, Reply, Results, Task, Timings, Usage, Work
+from server.core import Call, Message, Reply, Results, Task, Timings, TokenLogprob, Usage, Work
 from server.errors import InternalError, ProviderUnavailable, UnderstudyError
 from server.quality.model import QualityModel
 from server.routing.candidates import Allowance, Answer, Brief, Failure, Piece, Signals
@@ -257,9 +257,10 @@ class GeneratorCandidate(LocalModel):
             finally:
                 generation.cancel()
             usage = generation.summary().usage
+            written = self._written(model, tokens)
         assert last is not None and last.finish is not None, "the engine ends every answer"
         self._paces.took(self.name, time.perf_counter() - started)
-        reply = Reply("".join(texts), tool_calls=last.tool_calls, finish=last.finish)
+        reply = Reply("".join(texts), tool_calls=last.tool_calls, finish=last.finish, tokens=written)
         elapsed = time.perf_counter() - started
         signals = replace(_signals(tokens), valid=None if self._check is None else not self._check(reply.text))
         yield Piece(answer=self._judged(Answer(reply, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals)))
@@ -276,15 +277,21 @@ class GeneratorCandidate(LocalModel):
                 finally:
                     generation.cancel()
                 summary = generation.summary()
+                written = self._written(model, answer.tokens)
         except UnderstudyError as error:
             return Failure(error, elapsed_s=time.perf_counter() - started)
         elapsed = time.perf_counter() - started
         self._paces.took(self.name, elapsed)
         took = summary.timings
         timings.merge(Timings(took.tokenize, took.queue, max(0.0, took.total - took.queue - took.tokenize)))
-        return self._read(work, answer, summary.usage, elapsed)
+        return self._read(work, answer, written, summary.usage, elapsed)
 
-    def _read(self, work: Work, answer: Generated, usage: Usage, elapsed: float) -> Answer | Failure:
+    def _written(self, model: GeneratorModel, tokens: Sequence[Token]) -> tuple[TokenLogprob, ...]:
+        if not self._brief.manner.logprobs:
+            return ()
+        return tuple(TokenLogprob(one.text, one.logprob, [(model.text_of(id), logprob) for id, logprob in one.top]) for one in tokens)
+
+    def _read(self, work: Work, answer: Generated, written: Sequence[TokenLogprob], usage: Usage, elapsed: float) -> Answer | Failure:
         signals = _signals(answer.tokens)
         if answer.tool_calls:
             found: Reply | str = Reply(answer.text, tool_calls=answer.tool_calls, finish=answer.finish)
@@ -293,6 +300,7 @@ class GeneratorCandidate(LocalModel):
         if isinstance(found, str):
             return Failure(ProviderUnavailable(f"{self.name} answered with {found}."), usage=usage, elapsed_s=elapsed)
         signals = replace(signals, valid=True if self._check else None)
+        found = replace(found, tokens=written)
         return self._judged(Answer(found, usage=usage, source_model=self._model, elapsed_s=elapsed, signals=signals))
 
     def _request(self, model: GeneratorModel, messages: Sequence[Message], temperature: float | None) -> GenerateRequest:
@@ -302,8 +310,11 @@ class GeneratorCandidate(LocalModel):
             sampling=Sampling(
                 temperature=skill.temperature if temperature is None else temperature,
                 top_p=1.0 if manner.top_p is None else manner.top_p,
+                presence_penalty=manner.presence_penalty,
+                frequency_penalty=manner.frequency_penalty,
                 seed=manner.seed,
                 logprobs=True,
+                top_logprobs=manner.top_logprobs,
             ),
             max_tokens=max_tokens_of(self._brief),
             stop=manner.stop,

@@ -160,12 +160,15 @@ class ProviderCandidate:
             max_tokens_of(brief),
             temperature=brief.skill.temperature,
             top_p=brief.manner.top_p,
+            presence_penalty=brief.manner.presence_penalty,
+            frequency_penalty=brief.manner.frequency_penalty,
             stop=brief.manner.stop,
             seed=brief.manner.seed,
             tools=brief.tools,
             tool_choice=brief.manner.tool_choice,
             format=format_of(brief),
-            logprobs=False,
+            logprobs=brief.manner.logprobs,
+            top_logprobs=brief.manner.top_logprobs,
         )
 
     def _refusal(self, prompt: Prompt, allowed: Allowance) -> Failure | None:
@@ -214,13 +217,13 @@ class ProviderCandidate:
             error = ProviderUnavailable(message)
             return Failure(error, usage=completion.usage, cost_micro_usd=completion.cost_micro_usd, elapsed_s=elapsed_s)
         return Answer(
-            found,
+            replace(found, tokens=completion.logprobs),
             usage=completion.usage,
             cost_micro_usd=completion.cost_micro_usd,
             source_model=completion.source_model,
             training_allowed=self._provider.training_allowed,
             elapsed_s=elapsed_s,
-            signals=Signals(logprobs=np.asarray(completion.logprobs, np.float32), valid=True if self._check else None),
+            signals=Signals(valid=True if self._check else None),
         )
 
 

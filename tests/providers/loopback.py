@@ -242,7 +242,7 @@ class OpenAIServer(Loopback):
             message["tool_calls"] = [_call(i, call) for i, call in enumerate(reply.calls)]
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reply.finish}
         if reply.logprobs:
-            choice["logprobs"] = {"content": [{"token": "t", "logprob": value} for value in reply.logprobs]}
+            choice["logprobs"] = {"content": [_token(value, request) for value in reply.logprobs]}
         answer = {"id": "c", "object": "chat.completion", "created": 1, "model": reply.model, "choices": [choice]}
         return answer | ({"usage": _usage(reply.usage)} if reply.usage else {})
 
@@ -260,7 +260,7 @@ class OpenAIServer(Loopback):
                 yield "", self.error(reply.error_type)
                 return
             value = next(logprobs, None)
-            yield chunk({"content": piece}, **({} if value is None else {"logprobs": {"content": [{"token": "t", "logprob": value}]}}))
+            yield chunk({"content": piece}, **({} if value is None else {"logprobs": {"content": [_token(value, request)]}}))
         for index, (id, name, arguments) in enumerate(reply.calls):
             yield chunk({"tool_calls": [{"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}]})
             for part in (arguments[:4], arguments[4:]):
@@ -360,3 +360,9 @@ def _last_text(request: dict[str, Any]) -> str:
     if isinstance(content, list):
         return " ".join(str(block.get("text", "")) for block in content)
     return str(content)
+
+
+def _token(logprob: float, request: dict[str, Any]) -> dict[str, Any]:
+    """A token as OpenAI reports it, with as many alternatives as were asked for."""
+    top = [{"token": f"t{place or ''}", "logprob": logprob - place, "bytes": None} for place in range(request.get("top_logprobs", 0))]
+    return {"token": "t", "logprob": logprob, "bytes": [116], "top_logprobs": top}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.core import FinishReason, Format, Image, Message, Tool, ToolCall, Usage
+from server.core import FinishReason, Format, Image, Message, TokenLogprob, Tool, ToolCall, Usage
 from server.errors import InvalidArgument, ProviderUnavailable, Unimplemented
 from server.providers.anthropic import AnthropicWire
 from server.providers.base import Part, Prompt
@@ -95,11 +95,14 @@ async def test_max_tokens_are_a_reason(kind: str, vendor: Start) -> None:
 
 async def test_logprobs_come_where_the_vendor_has_them(openai_server: Callable[[Script], OpenAIServer]) -> None:
     server = openai_server(lambda number, text: Reply("a b", logprobs=[-0.1, -0.2]))
-    prompt = Prompt(PROMPT.messages, 16, logprobs=True)
-    assert (await ask(client("openai", server.base_url), prompt)).logprobs == (-0.1, -0.2)
+    prompt = Prompt(PROMPT.messages, 16, logprobs=True, top_logprobs=2)
+    likely = (("t", -0.1), ("t1", -1.1))
+    expected = (TokenLogprob("t", -0.1, likely), TokenLogprob("t", -0.2, (("t", -0.2), ("t1", -1.2))))
+    assert (await ask(client("openai", server.base_url), prompt)).logprobs == expected
     last = (await read(client("openai", server.base_url), prompt))[-1].completion
-    assert last is not None and last.logprobs == (-0.1, -0.2)
-    assert server.requests[0]["logprobs"] is True and "logprobs" not in said("mistral", logprobs=True)
+    assert last is not None and last.logprobs == expected
+    assert (server.requests[0]["logprobs"], server.requests[0]["top_logprobs"]) == (True, 2)
+    assert not {"logprobs", "top_logprobs"} & set(said("openai"))
 
 
 async def test_embeddings(openai_server: Callable[[Script], OpenAIServer]) -> None:
@@ -161,14 +164,27 @@ def test_conversations_for_anthropic() -> None:
 
 def test_models_with_fixed_sampling_are_sent_none() -> None:
     for model in ("gpt-5-mini", "o3", "o4-mini"):
-        body = said("openai", model, top_p=0.5, logprobs=True)
-        assert body["max_completion_tokens"] == 16 and not {"max_tokens", "temperature", "top_p", "logprobs"} & set(body)
+        body = said("openai", model, top_p=0.5)
+        assert body["max_completion_tokens"] == 16 and not {"max_tokens", "temperature", "top_p"} & set(body)
     assert said("openai", "gpt-4o")["max_tokens"] == 16
     for model in ("claude-opus-5", "claude-opus-4-7", "claude-sonnet-5-5", "claude-fable-5"):
         assert not {"temperature", "top_p"} & set(said("anthropic", model, top_p=0.5))
     for model in ("claude-haiku-4-5-20251001", "claude-sonnet-4-6", "claude-3-5-haiku-latest"):
         body = said("anthropic", model, top_p=0.5)
         assert body["temperature"] == 0 and "top_p" not in body, "the two together are refused"
+
+
+def test_penalties_and_logprobs_are_said_or_refused() -> None:
+    """An answer without what was asked for is not what was asked for."""
+    assert "presence_penalty" not in said("openai", "gpt-4o")
+    body = said("openai", "gpt-4o", presence_penalty=0.5, stream=True)
+    assert body["presence_penalty"] == 0.5 and "frequency_penalty" not in body
+    assert said("vllm", frequency_penalty=-1.5)["frequency_penalty"] == -1.5
+    for kind, model in (("openai", "o3"), ("groq", "m"), ("gemini", "m"), ("anthropic", "claude-haiku-4-5")):
+        for name, value in (("presence_penalty", -1.0), ("frequency_penalty", 0.1), ("logprobs", True)):
+            with pytest.raises(InvalidArgument, match=f"{model} has no {name}") as refused:
+                said(kind, model, **{name: value})
+            assert refused.value.metadata["field"] == name
 
 
 def test_schemas() -> None:

@@ -71,6 +71,8 @@ def _script(_number: int, text: str) -> Reply | str:
         return Reply("one two three four", error_after=2)
     if "refuse" in text:
         return Reply(401)
+    if "likely" in text:
+        return Reply("t t", logprobs=[-0.125, -0.25])
     if "JSON" in text:
         return '{"city": "Oslo", "days": 3}'
     return "card" if "card" in text else f"echo {text}"

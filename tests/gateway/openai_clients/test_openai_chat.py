@@ -172,12 +172,13 @@ def test_forms_that_only_this_server_has(client: openai.OpenAI) -> None:
 def test_a_skill_is_answered_by_its_teacher(client: openai.OpenAI, site: Any) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="writer", messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hello there"}],
-        temperature=0.3, top_p=0.9, stop=["END"], seed=7, max_tokens=99,
+        temperature=0.3, top_p=0.9, stop=["END"], seed=7, max_tokens=99, presence_penalty=0.5, frequency_penalty=-0.25,
     )  # fmt: skip
     assert raw.parse().choices[0].message.content == "echo hello there"
     asked = site.vendor.requests[-1]
     assert (asked["model"], asked["stop"], asked["seed"], asked["max_tokens"]) == ("m-1", ["END"], 7, 99)
     assert (asked["top_p"], asked["temperature"]) == pytest.approx((0.9, 0.3))
+    assert (asked["presence_penalty"], asked["frequency_penalty"]) == (0.5, -0.25)
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
     assert raw.headers["x-understudy-route"] == "vendor/m-1" and raw.headers["x-understudy-local"] == "false"
     assert float(raw.headers["x-understudy-cost-usd"]) == pytest.approx(100 * 1e-6 + 10 * 1e-5)
@@ -188,6 +189,30 @@ def test_a_skill_is_answered_by_its_teacher(client: openai.OpenAI, site: Any) ->
     text, chunks = stream_of(client, model="writer", messages=[{"role": "user", "content": "hello there"}])
     assert text == "echo hello there"
     assert chunks[-1].model_extra["understudy"]["cost_usd"] == pytest.approx(0.0002)
+
+
+@pytest.mark.parametrize("model", ["writer", "vendor/m-1", "scribe"])
+def test_logprobs_of_a_route(client: openai.OpenAI, site: Any, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "likely?"}], "temperature": 0}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.logprobs is not None and whole.logprobs.content
+    for token in whole.logprobs.content:
+        assert token.logprob <= 0 and token.bytes == list(token.token.encode())
+        assert math.isclose(token.top_logprobs[0].logprob, token.logprob, abs_tol=1e-4) and len(token.top_logprobs) == 2
+    if model == "scribe":
+        assert "".join(token.token for token in whole.logprobs.content) == whole.message.content
+    else:
+        assert [(token.token, token.logprob) for token in whole.logprobs.content] == [("t", -0.125), ("t", -0.25)]
+        assert (site.vendor.requests[-1]["logprobs"], site.vendor.requests[-1]["top_logprobs"]) == (True, 2)
+    text, chunks = stream_of(client, **asked)
+    streamed = [token for c in chunks if c.choices and c.choices[0].logprobs for token in c.choices[0].logprobs.content]
+    assert text == whole.message.content
+    assert [(token.token, round(token.logprob, 3)) for token in streamed] == [
+        (token.token, round(token.logprob, 3)) for token in whole.logprobs.content
+    ]
+    del asked["logprobs"], asked["top_logprobs"]
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
 def test_a_skill_calls_tools_in_parallel_or_one(client: openai.OpenAI, site: Any) -> None:
