@@ -30,6 +30,10 @@ prices = {{ "m-1" = {{ input_per_million_usd = 1.0, output_per_million_usd = 10.
 [skills.writer]
 task = "text-generation"
 teacher = "vendor/m-1"
+[skills.thinker]
+task = "text-generation"
+teacher = "vendor/o3-mini"
+fallbacks = ["vendor/m-1"]
 [skills.scribe]
 task = "text-generation"
 student_model = "scripted"

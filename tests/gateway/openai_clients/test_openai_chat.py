@@ -215,6 +215,15 @@ def test_logprobs_of_a_route(client: openai.OpenAI, site: Any, model: str) -> No
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
+def test_who_cannot_do_what_is_asked_is_passed_over(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "thinker", "messages": TALK}
+    for more, route in (({}, "vendor/o3-mini"), ({"logprobs": True}, "vendor/m-1"), ({"presence_penalty": 1.0}, "vendor/m-1")):
+        raw = client.chat.completions.with_raw_response.create(**asked, **more)
+        assert raw.headers["x-understudy-route"] == route
+        story: Any = (raw.parse().model_extra or {})["understudy"]
+        assert [hop["outcome"] for hop in story["hops"]] == (["failed", "delivered"] if more else ["delivered"])
+
+
 def test_a_skill_calls_tools_in_parallel_or_one(client: openai.OpenAI, site: Any) -> None:
     asked: dict[str, Any] = {"model": "writer", "messages": [{"role": "user", "content": "weather, please"}], "tools": [TOOL]}
     whole = client.chat.completions.create(tool_choice="required", **asked).choices[0]
