@@ -94,6 +94,8 @@ class SkillConfig(Section):
     max_latency_s: float | None = Field(default=None, gt=0)  # candidates expected to take longer are passed over; unset: no limit
     max_tokens: int = Field(default=512, ge=1)  # most that an answer may have, and so what it may cost
     temperature: float = Field(default=0.0, ge=0, le=2)
+    # So many of the teacher's likeliest tokens at each place are kept with its answers, to train a student of its tokenizer on; 0: none.
+    teacher_logprobs: int = Field(default=0, ge=0, le=20)
 
     @field_validator("task")
     @classmethod

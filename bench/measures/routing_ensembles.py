@@ -67,6 +67,9 @@ class Speaker:
         self.asked += 1
         return Completion(self.answers(prompt.messages[-1].content), Usage(1, 1), model, 1, 1, finish=FinishReason.STOP)
 
+    def gives_logprobs(self, model: str) -> bool:
+        return False
+
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         return 1
 

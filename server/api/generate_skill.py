@@ -55,7 +55,8 @@ class SkillGeneration:
                 if isinstance(piece, str):
                     yield pb.GenerateResponse(deltas=[generation_pb2.GenerationDelta(text=piece)])
                     continue
-                end = generation_pb2.GenerationDelta(finish_reason=_finish(piece), tool_calls=_tools(piece), tokens=_tokens(piece))
+                tokens = _tokens(piece, request)
+                end = generation_pb2.GenerationDelta(finish_reason=_finish(piece), tool_calls=_tools(piece), tokens=tokens)
                 response = pb.GenerateResponse(deltas=[end])
                 _tell(response, piece)
                 yield response
@@ -71,7 +72,7 @@ class SkillGeneration:
         if outcome.error is not None:
             raise outcome.error
         text = generation_pb2.GeneratedText(
-            text=outcome.output_text, finish_reason=_finish(outcome), tool_calls=_tools(outcome), tokens=_tokens(outcome)
+            text=outcome.output_text, finish_reason=_finish(outcome), tool_calls=_tools(outcome), tokens=_tokens(outcome, request)
         )
         response = pb.GenerateTextResponse(results=[text])
         _tell(response, outcome)
@@ -182,11 +183,12 @@ def _tools(outcome: Outcome) -> list[generation_pb2.ToolCall]:
     return [generation_pb2.ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in outcome.reply.tool_calls]
 
 
-def _tokens(outcome: Outcome) -> list[generation_pb2.GeneratedToken]:
+def _tokens(outcome: Outcome, request: Any) -> list[generation_pb2.GeneratedToken]:
+    """As many as were asked for: a skill may have had the teacher tell more."""
     found = []
-    for one in outcome.reply.tokens:
+    for one in outcome.reply.tokens if request.logprobs else ():
         token = generation_pb2.GeneratedToken(text=one.text, logprob=one.logprob)
-        for text, logprob in one.top:
+        for text, logprob in one.top[: request.top_logprobs]:
             token.top.add(text=text, logprob=logprob)
         found.append(token)
     return found

@@ -18,8 +18,8 @@ FEEDBACK = "feedback"
 SHADOWS = "shadows"  # answers that were asked for comparison and came after the interaction was written down
 TABLES = (INTERACTIONS, FEEDBACK, SHADOWS)
 
-# `hops`, `parameters`, `detection`, `tool_calls`, and `input` of other kinds than text are JSON. Costs are integers of 1e-6 US dollars,
-# latencies milliseconds. `role` of a shadow: "student" or "teacher"; `metrics` of feedback: JSON, name to number.
+# `hops`, `parameters`, `detection`, `tool_calls`, `teacher_tokens`, and `input` of other kinds than text are JSON. Costs are integers of
+# 1e-6 US dollars, latencies milliseconds. `role` of a shadow: "student" or "teacher"; `metrics` of feedback: JSON, name to number.
 _COLUMNS: dict[str, dict[str, str]] = {
     INTERACTIONS: {
         "interaction_id": "string",
@@ -71,6 +71,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "student_text": "string",
         "tenant": "string",
         "sealed": "string",
+        "teacher_tokens": "string",
     },
     FEEDBACK: {
         "feedback_id": "string",
@@ -122,6 +123,7 @@ PAYLOADS: dict[str, tuple[str, ...]] = {
         "findings",
         "teacher_text",
         "student_text",
+        "teacher_tokens",
     ),
     FEEDBACK: ("correction", "comment"),
     SHADOWS: ("label", "text"),

@@ -65,6 +65,10 @@ class AnthropicWire:
             open_telemetry=False,  # traces are ours too, and may hold no texts
         )
 
+    def gives_logprobs(self, model: str) -> bool:
+        """See Wire."""
+        return False
+
     def body(self, model: str, prompt: Prompt, *, stream: bool) -> dict[str, Any]:
         """See Wire. Messages of systems and developers become the system prompt, in their order."""
         free = self._preset.samples_freely(model)

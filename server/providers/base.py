@@ -130,6 +130,10 @@ class Provider(Protocol):
         """Raises Unimplemented where the vendor has no embeddings."""
         ...
 
+    def gives_logprobs(self, model: str) -> bool:
+        """Whether a prompt may ask the model for log-probabilities."""
+        ...
+
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         """What the prompt costs at the very most, or None where the model has no price."""
         ...

@@ -74,6 +74,10 @@ class OpenAIWire:
             default_headers=left_out,
         )
 
+    def gives_logprobs(self, model: str) -> bool:
+        """See Wire."""
+        return self._preset.logprobs and self._preset.samples_freely(model)
+
     def body(self, model: str, prompt: Prompt, *, stream: bool) -> dict[str, Any]:
         """See Wire."""
         preset = self._preset
@@ -86,7 +90,7 @@ class OpenAIWire:
             body["temperature"] = prompt.temperature
         if free and prompt.top_p is not None:
             body["top_p"] = prompt.top_p
-        check_wishes(model, prompt, penalties=free and preset.penalties, logprobs=free and preset.logprobs)
+        check_wishes(model, prompt, penalties=free and preset.penalties, logprobs=self.gives_logprobs(model))
         wishes = ("presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")
         body |= {name: value for name in wishes if (value := getattr(prompt, name))}
         if prompt.stop:

@@ -96,6 +96,10 @@ class RemoteProvider:
         """See Provider."""
         return self._stats.health(self._breaker.state(), self._breaker.open_for_s(), self._rates.room())
 
+    def gives_logprobs(self, model: str) -> bool:
+        """See Provider."""
+        return self._wire.gives_logprobs(model)
+
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         """See Provider. A token is at least one byte."""
         return self._prices.worst_micro_usd(model, prompt)

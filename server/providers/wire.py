@@ -86,6 +86,10 @@ class Wire(Protocol):
         """The request. Raises InvalidArgument where the format cannot say what the prompt asks."""
         ...
 
+    def gives_logprobs(self, model: str) -> bool:
+        """Whether the request may ask for log-probabilities."""
+        ...
+
     def read(self, answer: Any, prompt: Prompt, who: str) -> Reply:
         """The answer in parsed JSON; raises as StreamReader does."""
         ...

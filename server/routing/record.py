@@ -64,6 +64,7 @@ def row(brief: Brief, item: Item, call: Call, timings: Timings, started_ns: int,
         "teacher_label": _label(teacher),
         "student_label": _label(student),
         "teacher_text": teacher.reply.text if teacher else None,
+        "teacher_tokens": _tokens(brief, teacher),
         "student_text": student.reply.text if student else None,
         "student_quality": student.quality if student else None,
         "student": adapter or None,
@@ -115,6 +116,13 @@ def shown(work: Work) -> str:
         return _encode({"text": work.text, "text_pair": work.text_pair})
     messages = [{"role": m.role, "content": m.content, **({"images": len(m.images)} if m.images else {})} for m in work.messages]
     return _encode(messages)
+
+
+def _tokens(brief: Brief, teacher: Answer | None) -> str | None:
+    """The teacher's tokens, where the skill keeps them: [text, logprob, [[text, logprob], ...]] of each."""
+    if teacher is None or not brief.skill.teacher_logprobs or not teacher.reply.tokens:
+        return None
+    return _encode([(one.text, one.logprob, one.top) for one in teacher.reply.tokens])
 
 
 def _label(answer: Answer | None) -> str | None:

@@ -155,6 +155,7 @@ class ProviderCandidate:
 
     def _prompt(self, work: Work) -> Prompt:
         brief = self._brief
+        kept = brief.skill.teacher_logprobs if self._provider.gives_logprobs(self._model) else 0
         return Prompt(
             messages_of(brief, work),
             max_tokens_of(brief),
@@ -167,8 +168,8 @@ class ProviderCandidate:
             tools=brief.tools,
             tool_choice=brief.manner.tool_choice,
             format=format_of(brief),
-            logprobs=brief.manner.logprobs,
-            top_logprobs=brief.manner.top_logprobs,
+            logprobs=brief.manner.logprobs or kept > 0,
+            top_logprobs=max(brief.manner.top_logprobs, kept),
         )
 
     def _refusal(self, prompt: Prompt, allowed: Allowance) -> Failure | None:

@@ -48,6 +48,7 @@ class Skill:
     max_latency_s: float | None = None
     max_tokens: int = 512
     temperature: float = 0.0
+    teacher_logprobs: int = 0
     built_in: bool = False
 
     @property
@@ -286,6 +287,9 @@ def read_skill(name: str, config: SkillConfig) -> Skill:
         raise InvalidArgument(f"{place} has neither teacher nor base nor student_model: nobody could answer. Give one.", field=place)
     if config.fallbacks and not config.teacher:
         raise InvalidArgument(f"{place}.fallbacks are given without a teacher. Name the first as teacher.", field=f"{place}.teacher")
+    if config.teacher_logprobs and config.task != "text-generation":
+        message = f"{place}.teacher_logprobs is set, but a student that learns {config.task} has no use for it. Leave it out."
+        raise InvalidArgument(message, field=f"{place}.teacher_logprobs")
     teachers = tuple(model for model in (config.teacher, *config.fallbacks) if model)
     if len(set(teachers)) < len(teachers):
         message = f"{place}.fallbacks name a model twice; a request never asks one twice. Leave one out."
@@ -309,6 +313,7 @@ def read_skill(name: str, config: SkillConfig) -> Skill:
         max_latency_s=config.max_latency_s,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
+        teacher_logprobs=config.teacher_logprobs,
     )
 
 

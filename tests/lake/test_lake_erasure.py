@@ -58,6 +58,7 @@ def interaction(key: str, user: str | None, words: str) -> dict[str, Any]:
         "scores": [0.5],
         "teacher_label": words,
         "teacher_text": words,
+        "teacher_tokens": json.dumps([[words, -0.1, [[words, -0.1]]]]),
         "parameters": json.dumps({"who": words}),
         "output_text": words,
         "findings": [words, "short"],

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from server.config import RuntimeConfig
-from server.core import Call, FloatArray, Limits, Preference, Task, Usage, Work
+from server.core import Call, FloatArray, Limits, Preference, Task, TokenLogprob, Usage, Work
 from server.errors import DeadlineExceeded, UnderstudyError, Unimplemented
 from server.lake.lake import Lake
 from server.providers.base import Completion, Embeddings, Health, Part, Prompt
@@ -68,7 +68,11 @@ class ScriptedProvider:
         if isinstance(answer, UnderstudyError):
             raise answer
         assert answer is not None
-        return Completion(answer, Usage(20, 2), f"{model}-2026", self._cost, 1)
+        tokens = tuple(TokenLogprob(word, -0.5, ((word, -0.5), ("x", -1.5))[: prompt.top_logprobs]) for word in answer.split())
+        return Completion(answer, Usage(20, 2), f"{model}-2026", self._cost, 1, logprobs=tokens if prompt.logprobs else ())
+
+    def gives_logprobs(self, model: str) -> bool:
+        return model == "open"
 
     def worst_cost_micro_usd(self, model: str, prompt: Prompt) -> int | None:
         return 50

@@ -11,6 +11,7 @@ import pytest
 from server.core import Call, Preference
 from server.errors import BudgetExceeded, Cancelled, DeadlineExceeded, FailedPrecondition, ProviderUnavailable, SkillNotFound
 from server.lake.schema import columns
+from server.routing.skills import Skill
 from tests.routing.conftest import SURE, TEXTS, UNSURE, Bench, ScriptedProvider, ask
 
 TEXT = TEXTS["card"][0]
@@ -35,6 +36,19 @@ async def test_without_a_student_the_teacher_answers(bench: Bench) -> None:
     assert row["interaction_id"] == outcome.interaction_id and bench.lake.ids.valid(outcome.interaction_id)
     assert row["user_hash"] and "user-of-mine" not in json.dumps(row)
     assert set(row) - {"time_ns"} <= set(columns("interactions"))
+
+
+async def test_a_teachers_odds_are_kept_where_the_skill_says_so_and_the_vendor_gives_them(bench: Bench) -> None:
+    provider = ScriptedProvider(lambda text: "from you")
+    for teacher, kept in (("vendor/open", 2), ("vendor/big", 2), ("vendor/open", 0)):
+        skill = Skill("intent", "text-generation", teachers=(teacher,), teacher_logprobs=kept)
+        (outcome,) = (await bench.router_of(skill, {"vendor": provider}).run(ask(TEXT), call())).items
+        assert outcome.output_text == "from you"
+        told = json.loads(str(bench.row()["teacher_tokens"] or "null"))
+        if kept and teacher == "vendor/open":
+            assert told == [[word, -0.5, [[word, -0.5], ["x", -1.5]]] for word in ("from", "you")]
+        else:
+            assert told is None
 
 
 async def test_a_sure_student_answers_alone_and_for_nothing(bench: Bench) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from server.routing.skills import Skill, read_skill
 from server.runtime.lora.repository import ADAPTERS
 from server.runtime.references import read_reference
 from server.runtime.repository import Repository
-from tests.trainer.generation_bases import BASE, add_base, fill, job, site, texts, write_base
+from tests.trainer.generation_bases import ANSWERS, BASE, add_base, fill, job, site, texts, write_base
 from trainer.context import JobContext
 from trainer.curate.rows import Row, is_held_out
 from trainer.generation import export, proof, tune
@@ -33,7 +35,7 @@ from trainer.generation.dataset import rows_of_job
 from trainer.generation.material import Material, Opinion, Pair, gather
 from trainer.generation.prefer import prefer
 from trainer.generation.prompts import Prompts
-from trainer.generation.recipe import Recipe
+from trainer.generation.recipe import Recipe, recipe_for
 from trainer.generation.served import ServedStudent
 from trainer.generation.student import make_student, trained
 from trainer.generation.trials import searched
@@ -50,6 +52,48 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def odds_of(pieces: Sequence[str], place: int, other: str) -> str:
+    """What a teacher tells that would have written `other` at `place` three times in ten."""
+    tables = [{piece: 0.98} if index != place else {piece: 0.7, other: 0.3} for index, piece in enumerate(pieces)]
+    return json.dumps([[p, math.log(t[p]), [[x, math.log(v)] for x, v in t.items()]] for p, t in zip(pieces, tables, strict=True)])
+
+
+def test_a_student_learns_the_odds_that_its_teacher_told(bases: Path, tmp_path: Path) -> None:
+    config = place(bases, tmp_path)
+    skill = read_skill("kind", config.skills["kind"])
+    prompts = Prompts(skill, Repository(Path(config.models.path)).open(BASE))
+    pieces = {answer: prompts.pieces(prompts.answer(answer)) for answer in ANSWERS.values()}
+    card, rain = pieces.values()
+    where = next(index for index, (one, other) in enumerate(zip(card, rain, strict=False)) if one != other)
+    told = {answer: odds_of(own, where, (rain if own is card else card)[where]) for answer, own in pieces.items()}
+    material = gather([replace(one, teacher_tokens=told[one.answer]) for one in rows(400)], prompts, skill.max_tokens)
+    doubts = {}
+    for distil in (0.0, 1.0):
+        context = job(config, tmp_path / f"jobs-{distil}")
+        recipe = replace(recipe_for("full", 48, len(material.train), 16, {"epochs": 10.0}), distil=distil)
+        student = make_student(load_torch(open_base(config, "kind", context.folder)), recipe)
+        fine_tune(student, material.train, material.watched, recipe, context)
+        found = []
+        for one in material.held_out:
+            other = prompts.vocabulary()[(rain if one.row.answer == ANSWERS["card"] else card)[where]]
+            with torch.no_grad():
+                logits = student(input_ids=torch.tensor([[*one.prompt, *one.answer[:where]]])).logits[0, -1]
+            found.append(float(torch.softmax(logits, -1)[other]))
+        doubts[distil] = float(np.mean(found))
+    assert doubts[0.0] < 0.1 and 0.2 < doubts[1.0] < 0.4, doubts
+
+
+def test_teachers_odds_come_from_the_lake(bases: Path, tmp_path: Path) -> None:
+    config = place(bases, tmp_path)
+    prompts = Prompts(read_skill("kind", config.skills["kind"]), Repository(Path(config.models.path)).open(BASE))
+    told = odds_of(prompts.pieces(prompts.answer(ANSWERS["card"])), -1, "")
+    asked = texts(300)
+    fill(tmp_path / "lake", asked, teacher_tokens=told)
+    report = train(config, "kind", job(config, tmp_path / "jobs"), {"method": "lora", "epochs": 0.2})
+    usable = sum(answer == ANSWERS["card"] and not is_held_out(text) for text, answer in asked)
+    assert 0 < report.details["teacher's odds"]["rows"] <= usable, "of other answers the tokens are others"
 
 
 @pytest.fixture(scope="module")

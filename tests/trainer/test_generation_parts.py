@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tests.trainer.generation_bases import BASE, add_base, write_base
 from trainer.curate.rows import Row
 from trainer.generation import proof
 from trainer.generation.material import LONG_ANSWER, REFUSED, TOO_LONG, gather
+from trainer.generation.odds import Odds, OddsReader
 from trainer.generation.prompts import Prompts, work_of
 from trainer.generation.proof import mcnemar, same, token_f1
 from trainer.generation.recipe import METHODS, MIN_PREFERENCES, methods, preference_of, recipe_for
@@ -131,35 +133,78 @@ def test_the_loss_is_of_the_answers_tokens_alone_and_by_weight() -> None:
     logits = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:].clamp(min=0), reduction="none")
     wanted = (losses[0, 2:].sum() + 3 * losses[1, :3].sum()) / (2 + 9)
-    assert float(answer_loss(logits, batch["labels"], batch["weights"])) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(answer_loss(logits, batch)) == pytest.approx(float(wanted), rel=1e-5)
     moved = logits.clone()
     moved[0, :2] += 7 * torch.randn(2, 12)  # what prompts say is not learnt
-    assert float(answer_loss(moved, batch["labels"], batch["weights"])) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(answer_loss(moved, batch)) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_teachers_odds_are_a_distance_that_ends_at_agreement() -> None:
-    from trainer.generation.losses import align, top_k_divergence
+    from trainer.generation.losses import align, divergences
 
     logits = torch.randn(6, 20, generator=torch.Generator().manual_seed(2))
     own = torch.log_softmax(logits, -1)
     values, ids = own.topk(4)
-    assert float(top_k_divergence(logits, ids, values)) == pytest.approx(0.0, abs=1e-5)
+    assert float(divergences(logits, ids, values).mean()) == pytest.approx(0.0, abs=1e-5)
     other = torch.log_softmax(torch.randn(6, 20, generator=torch.Generator().manual_seed(3)), -1)
     values, ids = other.topk(20)
     exact = float((other.exp() * (other - own)).sum(1).mean())
-    assert float(top_k_divergence(logits, ids, values)) == pytest.approx(exact, rel=1e-3)
+    assert float(divergences(logits, ids, values).mean()) == pytest.approx(exact, rel=1e-3)
     values, ids = other.topk(4)
-    assert 0 < float(top_k_divergence(logits, ids, values)) <= exact
+    assert 0 < float(divergences(logits, ids, values).mean()) <= exact
     student = logits.clone().requires_grad_(True)
     step = torch.optim.Adam([student], lr=0.1)
     for _ in range(200):
         step.zero_grad()
-        top_k_divergence(student, ids, values).backward()
+        divergences(student, ids, values).mean().backward()
         step.step()
-    assert float(top_k_divergence(student.detach(), ids, values)) < 0.02
+    assert float(divergences(student.detach(), ids, values).mean()) < 0.02
     found, odds = align([{"a": -0.1, "zz": -3.0}, {"b": -0.5}], {"a": 4, "b": 5}, 2)
     assert found.tolist() == [[4, -1], [5, -1]]
     assert np.isfinite(odds).all()
+
+
+def told(*places: tuple[str, dict[str, float]]) -> str:
+    """What the lake keeps of a teacher's tokens: each with the likeliest at its place."""
+    return json.dumps([[text, table[text], list(table.items())] for text, table in places])
+
+
+def test_a_teachers_odds_stand_at_the_tokens_that_both_cut_alike(models: Path) -> None:
+    prompts = Prompts(SKILL, Repository(models).open(BASE))
+    answer = prompts.answer("card")
+    pieces = prompts.pieces(answer)
+    assert "".join(pieces) == "card" and len(pieces) == len(answer) - 1, "the last token ends the answer"
+    known = prompts.vocabulary()
+    assert [known[piece] for piece in pieces] == answer[:-1]
+    reader = OddsReader(prompts)
+    tables = [(piece, {piece: -0.25, "no token of this base": -1.75}) for piece in pieces]
+    odds = reader.of(told(*tables), answer)
+    assert odds is not None and odds.ids.tolist() == [[known[piece], -1] for piece in pieces]
+    assert np.allclose(odds.logprobs[:, 0], -0.25)
+    for other in ("", "no JSON", "[1]", "{}", "[[]]", "[" * 9000, json.dumps([["card", "x", []]]), json.dumps([["card", 1.0, []]])):
+        assert reader.of(other, answer) is None
+    assert reader.of(told(("c", {"c": -0.1}), ("ard", {"ard": -0.1})), answer) is None, "another tokenizer's cut"
+    assert reader.of(told(*tables, ("s", {"s": -0.1})), answer) is None
+    found = gather([row("where is it", "card", teacher_tokens=told(*tables))], prompts, 24)
+    (one,) = [*found.train, *found.watched]
+    assert one.odds is not None and one.odds.ids.shape == (len(pieces), 2)
+
+
+def test_the_loss_of_a_token_is_partly_the_distance_to_the_teachers_odds() -> None:
+    from trainer.generation.batches import Collate
+    from trainer.generation.losses import answer_loss, divergences
+    from trainer.generation.material import Example
+
+    ids, logprobs = np.array([[8, 4], [9, -1]]), np.log(np.array([[0.6, 0.4], [0.9, 1.0]], np.float32))
+    with_odds = Example(row("a"), [5, 6], [8, 9, 2], odds=Odds(ids, logprobs))
+    batch = Collate()([with_odds, Example(row("b"), [5], [7, 2])])
+    assert batch["told"].tolist() == [[False, False, True, True, False], [False] * 5]
+    logits = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:].clamp(min=0), reduction="none")
+    apart = divergences(logits[0, 1:3], torch.from_numpy(ids), torch.from_numpy(logprobs))
+    for distil in (0.0, 0.5, 1.0):
+        mixed = ((1 - distil) * plain[0, 1:3] + distil * apart).sum() + plain[0, 3] + plain[1, :2].sum()
+        assert float(answer_loss(logits, batch, distil)) == pytest.approx(float(mixed / 5), rel=1e-5)
 
 
 def test_methods_and_recipes_follow_what_is_asked() -> None:

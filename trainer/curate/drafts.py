@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     "interaction_id", "time", "input_kind", "input", "instruction", "parameters", "user_hash", "local", "quality", "error",
     "labels", "output_text", "teacher_label", "teacher_text", "teacher_source_model", "source_model", "training_allowed",
+    "teacher_tokens",
     "student_label", "student_text", "student_quality", "rating", "thumb", "correction",
 )  # fmt: skip
 EMPTY = "the input is empty"
@@ -53,6 +54,7 @@ class Draft:
     local: bool = False
     quality: float | None = None
     teacher: str | None = None
+    teacher_tokens: str = ""
     source_model: str = ""
     training_allowed: bool = False
     refused: str = ""
@@ -108,6 +110,7 @@ def draft_of(raw: Mapping[str, Any], classifies: bool, settings: CurationConfig)
         local=bool(raw.get("local")),
         quality=_number(raw.get("quality")),
         teacher=teacher or None,
+        teacher_tokens=raw.get("teacher_tokens") or "",
         source_model=str(raw.get("teacher_source_model") or ("" if raw.get("local") else raw.get("source_model")) or "unknown"),
         training_allowed=bool(raw.get("training_allowed")),
         student=student or None,

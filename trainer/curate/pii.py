@@ -158,7 +158,8 @@ class Scrubber:
         if not places.counts:
             return row, {}
         answer = row.answer if row.label else answer
-        return replace(row, text=text, answer=answer, rejected=rejected, messages=messages), places.counts
+        # Tokens may hold pieces of what was replaced.
+        return replace(row, text=text, answer=answer, rejected=rejected, messages=messages, teacher_tokens=""), places.counts
 
 
 class _Places:

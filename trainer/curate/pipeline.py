@@ -245,6 +245,7 @@ class _Run:
                 group=one.group,
                 instruction=shared.setdefault(one.instruction, one.instruction),
                 parameters=one.parameters,
+                teacher_tokens=one.teacher_tokens if one.origin == "teacher" else "",
             )
             for one in left
         ]

@@ -27,7 +27,8 @@ class Row:
     `answer` it makes a pair for DPO. `messages`: (role, content) of what the caller sent, without the skill's instruction and without the
     answer; trainer.curate.asking.conversation adds what the model is told. `thumb`: what a person said of the delivered answer, "up",
     "down" or "". `weight` > 0: how much the row counts in training; an ordinary one has 1. `group`: whose row it is (a user's hash), ""
-    where nobody is named. `instruction`, `parameters`: what the request said beyond the skill.
+    where nobody is named. `instruction`, `parameters`: what the request said beyond the skill. `teacher_tokens`: JSON of
+    the answer's tokens as the teacher told their odds (see trainer.generation.odds), or "".
     """
 
     interaction_id: str
@@ -44,6 +45,7 @@ class Row:
     group: str = ""
     instruction: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
+    teacher_tokens: str = ""
 
 
 @dataclass(slots=True)

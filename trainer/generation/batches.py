@@ -12,7 +12,11 @@ from trainer.generation.material import Example
 
 @dataclass(slots=True, frozen=True)
 class Collate:
-    """Rows become `input_ids`, `attention_mask`, `labels` int64[B, L] (the answers' tokens alone) and `weights` float[B]."""
+    """Rows become `input_ids`, `attention_mask`, `labels` int64[B, L] (the answers' tokens alone) and `weights` float[B].
+
+    Where a teacher told its odds of some token, also `odds_ids` int64[B, L, k] and `odds` float[B, L, k], at the places of `labels`, and
+    `told` bool[B, L], where there are any.
+    """
 
     pad: int = 0
 
@@ -29,4 +33,22 @@ class Collate:
             mask[place, :end] = 1
             labels[place, begin:end] = torch.tensor(one.answer)
         weights = torch.tensor([one.weight for one in rows], dtype=torch.float32)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}
+        width = max((one.odds.ids.shape[1] for one in rows if one.odds is not None), default=0)
+        return batch | self._odds(rows, length, width) if width else batch
+
+    @staticmethod
+    def _odds(rows: Sequence[Example], length: int, width: int) -> dict[str, Any]:
+        import torch
+
+        ids = torch.full((len(rows), length, width), -1, dtype=torch.long)
+        logprobs = torch.zeros((len(rows), length, width))
+        told = torch.zeros((len(rows), length), dtype=torch.bool)
+        for place, one in enumerate(rows):
+            if one.odds is not None:
+                count, own = one.odds.ids.shape
+                span = slice(len(one.prompt), len(one.prompt) + count)
+                ids[place, span, :own] = torch.from_numpy(one.odds.ids)
+                logprobs[place, span, :own] = torch.from_numpy(one.odds.logprobs)
+                told[place, span] = True
+        return {"odds_ids": ids, "odds": logprobs, "told": told}

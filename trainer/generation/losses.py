@@ -12,26 +12,32 @@ IGNORED = -100  # label of a position that is not learnt
 _LEAST_REST = 1e-6
 
 
-def answer_loss(logits: Any, labels: Any, weights: Any) -> Any:
-    """Mean cross-entropy of the answers' tokens, in nats: a scalar tensor.
+def answer_loss(logits: Any, batch: Mapping[str, Any], distil: float = 0.0) -> Any:
+    """Mean loss of the answers' tokens, in nats: a scalar tensor. A token's loss is its cross-entropy; where a teacher told its odds,
+    `distil` of it is the distance to those instead.
 
     Args:
         logits: float[B, L, V], those at position i say what stands at i + 1.
-        labels: int64[B, L], IGNORED but for the answers' tokens.
-        weights: float[B], how much each row counts; a row of weight 2 counts as two rows.
+        batch: as Collate makes it: `labels`, IGNORED but for the answers' tokens; `weights`, how much each row counts (a row of weight 2
+            counts as two rows); and `told`, `odds_ids` and `odds` where a teacher told its odds.
+        distil: in [0, 1].
     """
     import torch
 
-    shifted, wanted = logits[:, :-1].float(), labels[:, 1:]
+    shifted, wanted = logits[:, :-1].float(), batch["labels"][:, 1:]
     losses = torch.nn.functional.cross_entropy(
         shifted.reshape(-1, shifted.shape[-1]), wanted.reshape(-1), ignore_index=IGNORED, reduction="none"
-    )
-    share = (wanted != IGNORED).to(losses.dtype) * weights[:, None]
-    return (losses.view(wanted.shape) * share).sum() / share.sum().clamp(min=1e-9)
+    ).view(wanted.shape)
+    if distil and "told" in batch:
+        told = batch["told"][:, 1:]
+        apart = divergences(shifted[told], batch["odds_ids"][:, 1:][told], batch["odds"][:, 1:][told])
+        losses = losses.masked_scatter(told, (1 - distil) * losses[told] + distil * apart)
+    share = (wanted != IGNORED).to(losses.dtype) * batch["weights"][:, None]
+    return (losses * share).sum() / share.sum().clamp(min=1e-9)
 
 
-def top_k_divergence(logits: Any, ids: Any, logprobs: Any) -> Any:
-    """KL(teacher || student) in nats over the teacher's likeliest tokens and all others together: a scalar tensor, the mean of n positions.
+def divergences(logits: Any, ids: Any, logprobs: Any) -> Any:
+    """KL(teacher || student) in nats over the teacher's likeliest tokens and all others together: float[n].
 
     A teacher gives its k best log-probabilities a token (OpenAI's `top_logprobs`), not the rest; what they leave over is one outcome more,
     so that the divergence is a lower bound of the true one and 0 where both agree (the data-processing inequality).
@@ -50,7 +56,7 @@ def top_k_divergence(logits: Any, ids: Any, logprobs: Any) -> Any:
     rest = (1 - teacher.sum(1)).clamp(min=_LEAST_REST)
     student_rest = (1 - student.sum(1)).clamp(min=_LEAST_REST)
     inside = torch.where(known, teacher * (logprobs.float() - odds), torch.zeros_like(odds)).sum(1)
-    return (inside + rest * (rest.log() - student_rest.log())).mean()
+    return inside + rest * (rest.log() - student_rest.log())
 
 
 def align(top: Sequence[Mapping[str, float]], ids_of: Mapping[str, int], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from server.errors import InputTooLong, UnderstudyError
 from trainer.curate.rows import Row
+from trainer.generation.odds import Odds, OddsReader
 from trainer.generation.prompts import Prompts
 
 TOO_LONG = "prompt and answer are longer than the base's context"
@@ -21,12 +22,13 @@ _WATCHED_ONE_IN = 10
 
 @dataclass(slots=True, frozen=True)
 class Example:
-    """Tokens of a prompt and of the answer that is wanted, its last token included. `weight`: see Row."""
+    """Tokens of a prompt and of the answer that is wanted, its last token included. `weight`: see Row. `odds`: the teacher's, or None."""
 
     row: Row
     prompt: list[int]
     answer: list[int]
     weight: float = 1.0
+    odds: Odds | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,6 +71,7 @@ def gather(rows: Sequence[Row], prompts: Prompts, max_tokens: int, reserve: int 
         reserve: positions that the student's own prefix takes of the context.
     """
     found = Material()
+    odds = OddsReader(prompts)
     reader = _Reader(prompts, max_tokens, prompts.limit - reserve)
     for row in rows:
         prompt = reader.prompt(row)
@@ -80,7 +83,7 @@ def gather(rows: Sequence[Row], prompts: Prompts, max_tokens: int, reserve: int 
             continue
         assert isinstance(prompt, list), "no reason was given"
         if isinstance(answer, list):
-            _put(found, Example(row, prompt, answer, row.weight))
+            _put(found, Example(row, prompt, answer, row.weight, odds.of(row.teacher_tokens, answer)))
         if not row.held_out:
             _prefer(found, row, prompt, answer if isinstance(answer, list) else None, rejected if isinstance(rejected, list) else None)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from server.core import Message, Work
@@ -14,6 +15,7 @@ from server.runtime.decoder.text import TextStreams
 from server.runtime.repository import ModelFiles
 from trainer.curate.rows import Row
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte
 _MARK = "\U000e0041"  # stands for an answer in a rendered conversation; no template writes it
 
 
@@ -76,6 +78,21 @@ class Prompts:
         """Tokens as the server shows them to a caller behind a prompt; the one that ends an answer says nothing."""
         stream = self._streams(follows=True)()
         return "".join(stream.push(one)[0] for one in ids if one != self.stop) + stream.finish()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text that `read` gives, the one that ends an answer left out."""
+        stream = self._streams(follows=True)()
+        return [stream.push(one)[0] for one in ids if one != self.stop]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Each token by what it adds behind a prompt. Bytes of characters, and special tokens, are left out."""
+        inner, make = self._tokenizer.inner, self._streams(follows=True)
+        found: dict[str, int] = {}
+        for token in range(inner.get_vocab_size()):
+            text = make().push(token)[0]
+            if text and "\ufffd" not in text and not _BYTE.fullmatch(inner.id_to_token(token) or ""):
+                found.setdefault(text, token)
+        return found
 
     def _stop(self, stops: Sequence[int]) -> int | None:
         """The token that ends an assistant's turn: the first stop token that the template writes behind one."""

@@ -19,7 +19,9 @@ POSITIONS = 16  # of prefix and prompt tuning
 class Recipe:
     """`rank` of a LoRA (its alpha is twice that), `positions` of prefix and prompt tuning; `batch` rows a step, of which `micro` at once.
 
-    `patience`: looks at the watched rows without a better loss before training ends. `preference`: "dpo", "kto" or "".
+    `distil`: where a teacher told its odds, the share of a token's loss that is the distance to them; the rest is that of the token itself
+    (arXiv 1503.02531, section 2). `patience`: looks at the watched rows without a better loss before training ends. `preference`: "dpo",
+    "kto" or "".
     """
 
     method: str
@@ -31,6 +33,7 @@ class Recipe:
     micro: int = 16
     warmup: float = 0.03
     patience: int = 3
+    distil: float = 0.5
     preference: str = ""
     seed: int = 0
 
@@ -71,6 +74,8 @@ def recipe_for(method: str, hidden: int, rows: int, rank_limit: int, spec: Mappi
         raise InvalidArgument(message, field="rank", limit=rank_limit)
     if min(recipe.rank, recipe.positions, recipe.batch, recipe.micro) < 1 or recipe.rate <= 0 or recipe.epochs <= 0:
         raise InvalidArgument("rank, positions, batch, micro, rate and epochs of a recipe are above 0.", field="spec")
+    if not 0 <= recipe.distil <= 1:
+        raise InvalidArgument(f"distil is {recipe.distil:g}; expected a share of the loss, 0 to 1.", field="distil")
     return recipe
 
 

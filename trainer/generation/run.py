@@ -166,6 +166,10 @@ class _Run:
         report.read, report.sources, report.curation = curated.read, dict(curated.sources), curated.report()
         report.dropped = dict(curated.dropped + material.dropped)
         report.train_rows, report.held_out_rows = len(material.train) + len(material.watched), len(material.held_out)
+        told = sum(one.odds is not None for one in (*material.train, *material.watched))
+        if told:
+            report.details["teacher's odds"] = {"rows": told}
+            self._context.log(f"{told} of {report.train_rows} rows to train on have the teacher's odds")
         if not prompts.chats:
             self._context.log(f"{self._base.shown} has no chat template: prompts are the same words, one message a line")
         minimum = self._config.skills[self._skill.name].min_rows

@@ -43,7 +43,7 @@ def fine_tune(
     args = arguments(recipe, folder / "checkpoints", steps_of(recipe, len(train)))
     trainer: Any = None
     watch = Watch(context, folder, STAGE, lambda: weights_of(trainer), recipe.patience, reserve_s)
-    trainer = _make_trainer(student, args, list(train), list(watched) or list(train[:64]), watch)
+    trainer = _make_trainer(student, args, (list(train), list(watched) or list(train[:64])), watch, recipe.distil)
     resume = last_checkpoint(folder / "checkpoints")
     if resume is not None:
         context.log(f"{STAGE}: goes on from {resume.name}")
@@ -104,18 +104,17 @@ def weights_of(trainer: Any) -> dict[str, Any]:
     return {name: value for name, value in whole.items() if name in names}
 
 
-def _make_trainer(student: Any, args: Any, train: list[Example], watched: list[Example], watch: Watch) -> Any:
+def _make_trainer(student: Any, args: Any, rows: tuple[list[Example], list[Example]], watch: Watch, distil: float) -> Any:
     from transformers import PrinterCallback, Trainer
 
     class AnswerTrainer(Trainer):  # type: ignore[misc]
-        """With the loss of answers alone, and rows that count by their weight."""
+        """With the loss of answers alone, and rows that count by their weight; see answer_loss."""
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            labels, weights = inputs["labels"], inputs["weights"]
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             # Prefixes of prompt tuning stand before the row's own positions.
-            logits = outputs.logits[:, outputs.logits.shape[1] - labels.shape[1] :]
-            loss = answer_loss(logits, labels, weights)
+            logits = outputs.logits[:, outputs.logits.shape[1] - inputs["labels"].shape[1] :]
+            loss = answer_loss(logits, inputs, distil)
             return (loss, outputs) if return_outputs else loss
 
         def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
@@ -124,6 +123,7 @@ def _make_trainer(student: Any, args: Any, train: list[Example], watched: list[E
             with torch.no_grad():
                 return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    train, watched = rows
     trainer = AnswerTrainer(model=student, args=args, data_collator=Collate(), train_dataset=train, eval_dataset=watched, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # the mean of a batch is ours

@@ -32,6 +32,7 @@ task = "text-generation"
 teacher = "vendor/m-1"
 [skills.thinker]
 task = "text-generation"
+teacher_logprobs = 3
 teacher = "vendor/o3-mini"
 fallbacks = ["vendor/m-1"]
 [skills.scribe]

@@ -215,6 +215,15 @@ def test_logprobs_of_a_route(client: openai.OpenAI, site: Any, model: str) -> No
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
+def test_a_caller_sees_as_many_of_the_likeliest_as_it_asked_for(client: openai.OpenAI, site: Any) -> None:
+    """Though the skill has its teacher tell more, for the lake."""
+    asked: dict[str, Any] = {"model": "thinker", "messages": [{"role": "user", "content": "likely?"}], "presence_penalty": 0.5}
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
+    assert (site.vendor.requests[-1]["model"], site.vendor.requests[-1]["top_logprobs"]) == ("m-1", 3)
+    found = client.chat.completions.create(logprobs=True, top_logprobs=1, **asked).choices[0].logprobs
+    assert found is not None and [len(token.top_logprobs) for token in found.content or ()] == [1, 1]
+
+
 def test_who_cannot_do_what_is_asked_is_passed_over(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "thinker", "messages": TALK}
     for more, route in (({}, "vendor/o3-mini"), ({"logprobs": True}, "vendor/m-1"), ({"presence_penalty": 1.0}, "vendor/m-1")):
