@@ -89,16 +89,17 @@ func (s *server) chat(ctx context.Context, w http.ResponseWriter, r *http.Reques
 		stream:    body.Stream,
 		usage:     body.StreamOptions.IncludeUsage,
 		answers:   max(request.GetSampling().GetN(), 1),
+		perSource: perSource(to, request),
 		oneCall:   body.ParallelToolCalls != nil && !*body.ParallelToolCalls,
 		names:     fieldNames,
 		logprobs:  body.Logprobs,
-		sources:   []source{s.generate(request)},
-		perSource: max(request.GetSampling().GetN(), 1),
 	}
 	if body.MaxCompletionTokens != nil {
 		job.names = withName(fieldNames, "sampling.max_tokens", "max_completion_tokens")
 	}
-	if !to.generates() {
+	if to.generates() {
+		job.sources = s.sources(to, request)
+	} else {
 		run, err := body.run(to, request)
 		if err != nil {
 			return err

@@ -54,11 +54,15 @@ func (s *server) completions(ctx context.Context, w http.ResponseWriter, r *http
 		if err != nil {
 			return err
 		}
-		job.perSource = max(request.GetSampling().GetN(), 1)
-		job.answers += job.perSource
+		wanted := max(request.GetSampling().GetN(), 1)
+		job.perSource = perSource(to, request)
+		job.answers += wanted
+		if to.routed() && job.answers > mostPrompts {
+			return invalid("n", "n is %d for each of %d prompts; expected at most %d answers of a route in all.", wanted, len(prompts), mostPrompts)
+		}
 		if to.generates() {
-			job.sources = append(job.sources, s.generate(request))
-		} else if text := prompt.GetPrompt(); text == "" || body.Logprobs != nil || job.perSource > 1 {
+			job.sources = append(job.sources, s.sources(to, request)...)
+		} else if text := prompt.GetPrompt(); text == "" || body.Logprobs != nil || wanted > 1 {
 			return invalid("model", "%q is a skill of the task %s; expected one text as prompt, without logprobs and n.", to.skill, to.task)
 		} else {
 			run, err := runRequest(to, []*pb.RunInput{{Input: &pb.RunInput_Text{Text: text}}}, body.extension)
@@ -67,7 +71,7 @@ func (s *server) completions(ctx context.Context, w http.ResponseWriter, r *http
 			}
 			job.sources = append(job.sources, s.run(run))
 		}
-		if body.Echo {
+		for len(job.echo) < len(job.sources) && body.Echo {
 			job.echo = append(job.echo, prompt.GetPrompt())
 		}
 	}

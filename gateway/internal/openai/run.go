@@ -5,6 +5,7 @@ import (
 	"io"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	pb "understudy.dev/gen/understudy/v1"
 )
@@ -134,6 +135,33 @@ func (s *server) generate(request *pb.GenerateRequest) source {
 			return streamReceiver{stream}, err
 		},
 	}
+}
+
+// perSource is how many of a request's answers each of its sources gives.
+func perSource(to target, request *pb.GenerateRequest) int32 {
+	if to.routed() {
+		return 1
+	}
+	return max(request.GetSampling().GetN(), 1)
+}
+
+// sources answer one request, each as many of its answers as the job says. A route gives one a call: so many calls are made, each with a seed
+// of its own where there is one.
+func (s *server) sources(to target, request *pb.GenerateRequest) []source {
+	count := request.GetSampling().GetN()
+	if count < 2 || !to.routed() {
+		return []source{s.generate(request)}
+	}
+	found := make([]source, count)
+	for index := range found {
+		one := proto.Clone(request).(*pb.GenerateRequest)
+		one.Sampling.N = 0
+		if one.Sampling.Seed != nil {
+			*one.Sampling.Seed += int64(index)
+		}
+		found[index] = s.generate(one)
+	}
+	return found
 }
 
 type streamReceiver struct {

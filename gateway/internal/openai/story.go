@@ -14,6 +14,7 @@ type story struct {
 	CostUSD       float64  `json:"cost_usd"`
 	Quality       *float32 `json:"quality"`
 	InteractionID *string  `json:"interaction_id"`
+	Interactions  []string `json:"interaction_ids,omitempty"` // where there are several, in the order in which they ended
 	Skill         string   `json:"skill,omitempty"`
 	Task          string   `json:"task,omitempty"`
 	RolloutStage  string   `json:"rollout_stage,omitempty"`
@@ -100,6 +101,12 @@ func (s *story) add(other *story) *story {
 		return other
 	}
 	s.CostUSD += other.CostUSD
+	if other.InteractionID != nil {
+		if s.Interactions == nil && s.InteractionID != nil {
+			s.Interactions = []string{*s.InteractionID}
+		}
+		s.Interactions = append(s.Interactions, *other.InteractionID)
+	}
 	s.Local = s.Local && other.Local
 	return s
 }

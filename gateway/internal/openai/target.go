@@ -26,6 +26,11 @@ func (t target) selector() *pb.ModelSelector {
 	return &pb.ModelSelector{Name: t.model, Version: t.version}
 }
 
+// routed: a route of skills and providers answers, one answer a call.
+func (t target) routed() bool {
+	return t.skill != "" || t.provider
+}
+
 // generates: InferenceService.Generate answers it; what does not is a skill of another task, and Run's.
 func (t target) generates() bool {
 	return t.skill == "" || t.task == generation

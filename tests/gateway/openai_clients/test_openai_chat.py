@@ -215,6 +215,29 @@ def test_logprobs_of_a_route(client: openai.OpenAI, site: Any, model: str) -> No
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("model", ["writer", "vendor/m-1"])
+def test_several_answers_of_a_route_are_so_many_calls(client: openai.OpenAI, site: Any, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "hello there"}], "n": 3, "seed": 7}
+    before = len(site.vendor.requests)
+    raw = client.chat.completions.with_raw_response.create(**asked)
+    whole = raw.parse()
+    assert [(one.index, one.message.content) for one in whole.choices] == [(at, "echo hello there") for at in range(3)]
+    assert sorted(one["seed"] for one in site.vendor.requests[before:]) == [7, 8, 9]
+    assert not any("n" in one for one in site.vendor.requests[before:])
+    story: Any = (whole.model_extra or {})["understudy"]
+    assert story["cost_usd"] == pytest.approx(3 * 0.0002) == float(raw.headers["x-understudy-cost-usd"])
+    assert len(set(story["interaction_ids"])) == 3 and story["interaction_id"] in story["interaction_ids"]
+    assert whole.usage is not None and whole.usage.completion_tokens == 30
+    parts, ends = ["", "", ""], []
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        for choice in chunk.choices:
+            parts[choice.index] += choice.delta.content or ""
+            ends += [choice.index] if choice.finish_reason else []
+    assert parts == ["echo hello there"] * 3 and sorted(ends) == [0, 1, 2]
+    texts = client.completions.create(model=model, prompt=["a b", "c d"], n=2, echo=True).choices
+    assert [one.text for one in texts] == ["a becho a b", "a becho a b", "c decho c d", "c decho c d"]
+
+
 def test_a_caller_sees_as_many_of_the_likeliest_as_it_asked_for(client: openai.OpenAI, site: Any) -> None:
     """Though the skill has its teacher tell more, for the lake."""
     asked: dict[str, Any] = {"model": "thinker", "messages": [{"role": "user", "content": "likely?"}], "presence_penalty": 0.5}
