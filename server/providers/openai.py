@@ -310,4 +310,4 @@ def _likely(said: Any) -> tuple[str, float]:
     text, logprob = said["token"], float(said["logprob"])
     if not isinstance(text, str) or not math.isfinite(logprob):
         raise ValueError("a token's log-probability that is none")
-    return text, logprob
+    return text.encode("utf-8", "replace").decode(), logprob  # half a character may come as half a surrogate pair

@@ -174,6 +174,25 @@ def test_models_with_fixed_sampling_are_sent_none() -> None:
         assert body["temperature"] == 0 and "top_p" not in body, "the two together are refused"
 
 
+async def test_tokens_that_are_none_are_a_failure_of_the_vendor(openai_server: Callable[[Script], OpenAIServer]) -> None:
+    body = {"model": "m", "choices": [{"message": {"content": "a"}, "finish_reason": "stop", "logprobs": None}]}
+    for token, good in (
+        ({"token": "\ud83d", "logprob": -1}, True),
+        ({"token": 3, "logprob": -1}, False),
+        ({"token": "a"}, False),
+        ({"token": "a", "logprob": float("nan")}, False),
+        ("a", False),
+    ):
+        said = {**body, "choices": [{**body["choices"][0], "logprobs": {"content": [token]}}]}  # type: ignore[dict-item]
+        server = openai_server(lambda number, text, said=said: Reply(body=json.dumps(said)))  # type: ignore[misc]
+        asked = ask(client("openai", server.base_url), Prompt(PROMPT.messages, 16, logprobs=True))
+        if good:
+            assert [one.text for one in (await asked).logprobs] == ["?"]
+        else:
+            with pytest.raises(ProviderUnavailable):
+                await asked
+
+
 def test_penalties_and_logprobs_are_said_or_refused() -> None:
     """An answer without what was asked for is not what was asked for."""
     assert "presence_penalty" not in said("openai", "gpt-4o")

@@ -181,7 +181,17 @@ def test_a_teachers_odds_stand_at_the_tokens_that_both_cut_alike(models: Path) -
     odds = reader.of(told(*tables), answer)
     assert odds is not None and odds.ids.tolist() == [[known[piece], -1] for piece in pieces]
     assert np.allclose(odds.logprobs[:, 0], -0.25)
-    for other in ("", "no JSON", "[1]", "{}", "[[]]", "[" * 9000, json.dumps([["card", "x", []]]), json.dumps([["card", 1.0, []]])):
+    for other in (
+        "",
+        "no JSON",
+        "[1]",
+        "{}",
+        "[[]]",
+        "[" * 9000,
+        json.dumps([["card", "x", []]]),
+        json.dumps([["card", -1, {}]]),
+        json.dumps([["card", 1.0, []]]),
+    ):
         assert reader.of(other, answer) is None
     assert reader.of(told(("c", {"c": -0.1}), ("ard", {"ard": -0.1})), answer) is None, "another tokenizer's cut"
     assert reader.of(told(*tables, ("s", {"s": -0.1})), answer) is None

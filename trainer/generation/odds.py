@@ -57,7 +57,7 @@ def tokens_of(told: str) -> list[tuple[str, dict[str, float]]]:
     """Each token's text and the likeliest at its place, the token among them; [] of anything that is none."""
     try:
         return [_token(one) for one in json.loads(told)] if told else []
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return []
 
 
