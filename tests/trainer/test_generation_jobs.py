@@ -70,7 +70,7 @@ def test_a_student_learns_the_odds_that_its_teacher_told(bases: Path, tmp_path: 
     told = {answer: odds_of(own, where, (rain if own is card else card)[where]) for answer, own in pieces.items()}
     material = gather([replace(one, teacher_tokens=told[one.answer]) for one in rows(400)], prompts, skill.max_tokens)
     doubts = {}
-    for distil, epochs in ((0.0, 6.0), (1.0, 20.0)):
+    for distil, epochs in ((0.0, 10.0), (1.0, 20.0)):
         context = job(config, tmp_path / f"jobs-{distil}")
         recipe = replace(recipe_for("full", 48, len(material.train), 16, {"epochs": epochs}), distil=distil)
         student = make_student(load_torch(open_base(config, "kind", context.folder)), recipe)
