@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from understudy.v1 import (
     training_service_pb2,
 )
 
+# What a test waits for at most, in seconds: all of it takes moments on a machine that is not overloaded.
+SOON_S = 30.0
 FILES = (
     admin_service_pb2,
     ensemble_service_pb2,
@@ -35,6 +38,15 @@ FILES = (
     stats_service_pb2,
     training_service_pb2,
 )
+
+
+def until(answer: Callable[[], object], wanted: object) -> float:
+    """Asks until the answer is this one; the seconds that it took."""
+    began = time.monotonic()
+    while (found := answer()) != wanted:
+        assert time.monotonic() - began < SOON_S, found
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 class Answer(NamedTuple):

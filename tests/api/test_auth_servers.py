@@ -20,7 +20,7 @@ from server.registry.audit import AuditLog
 from server.registry.registry import Registry
 from server.routing.prompting import LABEL_TOKENS
 from server.settings import RegistryConfig
-from tests.api.auth_calls import Answer, call, of_status, own_database
+from tests.api.auth_calls import Answer, call, of_status, own_database, until
 from tests.conftest import StartServer
 from tests.providers.loopback import OpenAIServer, Reply
 from tests.server_process import ROOT, ServerProcess
@@ -31,7 +31,6 @@ LOAD = "/understudy.v1.ModelService/LoadModel"
 RUN = "/understudy.v1.InferenceService/Run"
 BUDGET = "/understudy.v1.StatsService/GetBudget"
 PRICE = 1000 * LABEL_TOKENS  # of a call, in 1e-6 US dollars: only written tokens cost, and the vendor writes as many as it may
-SOON_S = 10.0
 
 
 @pytest.fixture
@@ -56,16 +55,6 @@ def no_models(tmp_path: Path) -> Path:
 
 def config(url: str, keys: str = "required", more: str = "") -> str:
     return f"[auth]\nkeys = {json.dumps(keys)}\npoll_s = 0.2\n[registry]\nurl = {json.dumps(url)}\n{more}"
-
-
-def until(answer: object, wanted: object) -> float:
-    """Asks until the answer is this one; the seconds that it took."""
-    assert callable(answer)
-    began = time.monotonic()
-    while (found := answer()) != wanted:
-        assert time.monotonic() - began < SOON_S, found
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def test_keys_are_made_and_revoked_for_every_server(start_server: StartServer, url: str, registry: Registry, no_models: Path) -> None:
