@@ -8,11 +8,14 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+_READY_S = 60.0
 
 
 def postgres_binaries() -> Path | None:
@@ -69,10 +72,10 @@ def _running(folder: Path, options: tuple[str, ...]) -> Iterator[str]:
     server = subprocess.Popen([*command, *options], **quiet, **user)
     try:
         ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-t", "1"]
-        for _ in range(300):
-            if subprocess.run(ready, check=False, **quiet).returncode == 0:
-                break
+        ends = time.monotonic() + _READY_S
+        while subprocess.run(ready, check=False, **quiet).returncode != 0:
             assert server.poll() is None, "PostgreSQL ended"
+            assert time.monotonic() < ends, "PostgreSQL does not answer"
         yield f"postgresql+psycopg://understudy@127.0.0.1:{port}/postgres"
     finally:
         server.terminate()
