@@ -155,7 +155,8 @@ class ProviderCandidate:
 
     def _prompt(self, work: Work) -> Prompt:
         brief = self._brief
-        kept = brief.skill.teacher_logprobs if self._provider.gives_logprobs(self._model) else 0
+        kept = brief.skill.teacher_logprobs
+        kept = kept if kept and self._provider.gives_logprobs(self._model) else 0
         return Prompt(
             messages_of(brief, work),
             max_tokens_of(brief),
